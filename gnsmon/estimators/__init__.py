@@ -1,0 +1,17 @@
+"""From norms of gradients to the noise scale with its interval; numpy and scipy only."""
+
+from gnsmon.estimators.estimator import Estimator
+from gnsmon.estimators.moments import moments, obstacle
+from gnsmon.estimators.values import GroupReading, Moments, NormPair, Ratio, Raw, Reading
+
+__all__ = [
+    "Estimator",
+    "GroupReading",
+    "Moments",
+    "NormPair",
+    "Ratio",
+    "Raw",
+    "Reading",
+    "moments",
+    "obstacle",
+]
