@@ -1,0 +1,164 @@
+import math
+
+import pytest
+
+from gnsmon.advice import advise, suggested_batch_size
+from gnsmon.estimators import Raw, Reading
+
+RAW = Raw(1.0, 1.0, 0.1, 1.0, 1.0)
+BASE = {
+    "step": 100,
+    "examples": 64,
+    "tokens": None,
+    "method": "pepgns",
+    "status": "ok",
+    "reason": None,
+    "b_simple": 256.0,
+    "low": 200.0,
+    "high": 320.0,
+    "grad_sq_norm": 1.0,
+    "tr_sigma": 256.0,
+    "raw": RAW,
+    "n_eff": 199.0,
+    "coverage": 1.0,
+    "overhead": None,
+}
+LOWER = {"status": "lower_bound", "b_simple": None, "high": None, "reason": "not yet"}
+UNDEFINED = {"status": "undefined", "b_simple": None, "low": None, "high": None}
+
+
+def reading(**changes):
+    return Reading(**{**BASE, **changes})
+
+
+def text(advice):
+    return " ".join(str(advice).split())
+
+
+def test_numbers_by_hand():
+    a = advise(reading(), microbatch=8, world_size=4, optimizer="SGD")
+    assert (a.present, a.batch_size, a.accumulation) == (64, 256, 8)
+    assert (a.low, a.high) == (200, 320)
+    assert a.fraction_of_critical == 0.25
+    assert a.extra_steps == 4
+    assert a.extra_examples == 0.25
+    assert a.learning_rate_factor == (1 + 4) / (1 + 1)
+    words = text(a)
+    assert "Grow the batch from 64 examples to 256 examples" in words
+    assert "interval 200 to 320." in words
+    assert "5 times the fewest possible steps" in words
+    assert "1.25 times the fewest possible examples" in words
+    assert "4 x 8 x 8" in words
+    assert "learning rate times 2.50" in words
+
+
+def test_extra_steps_and_examples_are_reciprocal():
+    for present in (1, 64, 1000):
+        a = advise(reading(), present=present)
+        assert a.extra_steps * a.extra_examples == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "factor"),
+    [("AdamW", 2.0), ("Lion", 2.0), ("SGD", 2.5), ("Muon", None), (None, None)],
+)
+def test_learning_rate(optimizer, factor):
+    a = advise(reading(), optimizer=optimizer)
+    assert a.learning_rate_factor == factor
+    assert any("beta2 to the power 4" in c for c in a.caveats) == (factor == 2.0)
+
+
+@pytest.mark.parametrize("present", [142, 200, 256, 320, 452])
+def test_the_present_batch_stays_unless_the_interval_excludes_it_by_sqrt_2(present):
+    a = advise(reading(), present=present, optimizer="Adam")
+    assert a.batch_size == present
+    assert a.learning_rate_factor == 1
+    assert f"Keep the batch at {present}" in text(a)
+
+
+@pytest.mark.parametrize(("present", "batch"), [(141, 256), (453, 256), (4096, 256), (3, 256)])
+def test_and_moves_if_it_does(present, batch):
+    assert advise(reading(), present=present).batch_size == batch
+
+
+@pytest.mark.parametrize(
+    ("unit", "batch"), [(1, 256), (48, 192), (24, 192), (100, 200), (3, 192), (250, 250)]
+)
+def test_the_suggestion_fits_the_layout(unit, batch):
+    size = suggested_batch_size(reading(), present=8, unit=unit)
+    assert size == batch
+    assert math.log2(size / unit).is_integer()
+
+
+def test_a_batch_too_small_for_the_layout():
+    a = advise(reading(), present=2048, microbatch=1024)
+    assert (a.batch_size, a.accumulation) == (1024, 1)
+    assert any("shrink the microbatch" in c for c in a.caveats)
+    assert advise(reading(), present=1024, microbatch=1024).batch_size == 1024
+
+
+def test_a_lower_bound_far_above_the_present_batch_is_worth_growing_to():
+    a = advise(reading(low=500.0, **LOWER), microbatch=16, optimizer="SGD")
+    assert (a.batch_size, a.accumulation) == (512, 32)
+    assert (a.extra_steps, a.extra_examples, a.fraction_of_critical) == (None, None, None)
+    assert a.learning_rate_factor is None
+    assert "to at least 512 examples" in text(a)
+    assert "not measurable yet; it is at least 500" in text(a)
+
+
+def test_a_lower_bound_near_the_present_batch_says_nothing():
+    a = advise(reading(low=80.0, **LOWER))
+    assert a.batch_size is None
+    assert "No reason yet to change the batch of 64" in text(a)
+
+
+def test_undefined_says_why():
+    a = advise(reading(**UNDEFINED, reason="3 effective steps so far"), optimizer="Adam")
+    assert a.batch_size is None
+    assert a.learning_rate_factor is None
+    assert "No suggestion: 3 effective steps so far." in text(a)
+    assert suggested_batch_size(reading(**UNDEFINED), present=4) is None
+
+
+def test_an_upper_bound_of_an_undefined_reading_is_no_suggestion():
+    changes = {**UNDEFINED, "low": 0.0, "high": 3.0, "reason": "below 3"}
+    assert advise(reading(**changes)).batch_size is None
+
+
+def test_no_noise_asks_for_the_smallest_batch():
+    a = advise(reading(b_simple=0.0, low=0.0, high=0.0), microbatch=4)
+    assert (a.batch_size, a.extra_steps, a.extra_examples) == (4, 0, None)
+    assert "Shrink" in str(a)
+
+
+def test_tokens():
+    assert "256 examples (262,000 tokens)" in text(advise(reading(), tokens_per_example=1024))
+    assert "(2,560 tokens)" in text(advise(reading(tokens=640)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "sogns"}, "'sogns' is a proxy"),
+        ({"method": "norm_layers"}, "'norm_layers' is a proxy"),
+        ({"coverage": 0.93}, "93% of the trainable parameters"),
+        ({"status": "wide", "reason": "known to 31% only"}, "known to 31% only"),
+        ({"b_simple": 1280.0, "high": 2000.0}, "about 21 %"),
+        ({"method": "sogns"}, "about 5 %"),
+        ({}, "order of magnitude"),
+    ],
+)
+def test_caveats(changes, words):
+    a = advise(reading(**changes))
+    assert any(words in caveat for caveat in a.caveats)
+    assert words in text(a)
+
+
+def test_a_sound_reading_carries_the_one_assumption():
+    assert len(advise(reading(), optimizer="SGD").caveats) == 1
+
+
+@pytest.mark.parametrize("size", [{"present": 0}, {"microbatch": 0}, {"world_size": 0}])
+def test_sizes_below_one_are_refused(size):
+    with pytest.raises(ValueError, match="sizes of 1 or more"):
+        advise(reading(), **size)
