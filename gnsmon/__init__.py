@@ -1,0 +1,56 @@
+"""Gradient noise scale monitor for PyTorch: is my batch too small or too large?
+
+Names are imported when they are first used, so that reading a log needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gnsmon.advice import Advice, advise
+    from gnsmon.checking import check
+    from gnsmon.config import MonitorConfig
+    from gnsmon.estimators import Reading
+    from gnsmon.monitor import Coverage, Monitor, attach
+    from gnsmon.norms.forms import Dense, Outer, Rows
+    from gnsmon.norms.oracles import per_example_sq_norms, random_sign_sq_norms
+    from gnsmon.norms.rules import rule
+
+_HOME = {
+    "advice": ("Advice", "advise"),
+    "checking": ("check",),
+    "config": ("MonitorConfig",),
+    "estimators": ("Reading",),
+    "monitor": ("Coverage", "Monitor", "attach"),
+    "norms.forms": ("Dense", "Outer", "Rows"),
+    "norms.oracles": ("per_example_sq_norms", "random_sign_sq_norms"),
+    "norms.rules": ("rule",),
+}
+_MODULE = {name: f"gnsmon.{module}" for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "Advice",
+    "Coverage",
+    "Dense",
+    "Monitor",
+    "MonitorConfig",
+    "Outer",
+    "Reading",
+    "Rows",
+    "advise",
+    "attach",
+    "check",
+    "per_example_sq_norms",
+    "random_sign_sq_norms",
+    "rule",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module 'gnsmon' has no attribute {name!r}")
+    value = getattr(import_module(_MODULE[name]), name)
+    globals()[name] = value
+    return value

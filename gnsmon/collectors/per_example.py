@@ -1,0 +1,449 @@
+"""One optimizer step's norms from taps: its examples' by the taps, its gradient's from `.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gnsmon.estimators.values import Array
+from gnsmon.norms.forms import Form
+from gnsmon.norms.taps import ABSENT, LayerTap, SqNorms, Taps
+
+METHODS: dict[str, SqNorms] = {
+    "pepgns": lambda form: form.sq_norms(),
+    "sogns": lambda form: form.sogns_sq_norms(),
+}
+# How far the sum over examples may be from `.grad`, relative, before a parameter is left out.
+TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
+CURED_BY_CLEARING = ("gradients not cleared", "gradients changed")
+
+
+@dataclass(frozen=True)
+class StepNorms:
+    """The squared norms of one optimizer step, parameter by parameter, at the loss's own scale.
+
+    A parameter that is not measured is zero in both norms and has its reason in `missing`.
+    """
+
+    big_sq_norm: Array  # [n_parameters]
+    parts_sq_norm: dict[str, Array]  # method -> [n_parameters]
+    sum_sq_weights: float
+    examples: int
+    tokens: int | None
+    microbatch: int  # examples in the last forward and backward
+    microbatches: int
+    missing: dict[str, str]
+    norm_fraction: float | None  # measured share of the whole gradient's squared norm
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A step without a measurement, and why."""
+
+    reason: str  # short, to count by
+    detail: str  # one sentence for a person
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One forward and backward: a microbatch."""
+
+    batch: int
+    tokens: int | None
+    weights: Tensor | None
+    uses: list[dict[str, Form]] = field(default_factory=list)  # of shared parameters
+
+
+class PerExample:
+    """Collects from the first backward after a step to the next step.
+
+    The big norm is read when a backward has ended, before clipping, unscaling or decay can touch
+    `.grad`; the last backward before the step wins, so accumulated gradients are read whole.
+    Nothing is copied to the host before `close`.
+
+    Args:
+        model: see `Taps`, as for `batch_dim`, `weigh` and `strict`.
+        methods: any of `METHODS`.
+        prove_every: measured steps from one proof of the rules to the next: the sum over examples,
+            along a random direction, must be that of `.grad`. It catches what no rule can see: a
+            weight used by a function call, a penalty on the weights, gradients never cleared.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        methods: Sequence[str],
+        *,
+        batch_dim: int = 0,
+        weigh: Callable[..., Tensor] | None = None,
+        strict: bool = False,
+        prove_every: int = 100,
+    ):
+        self.model, self.prove_every, self.strict = model, prove_every, strict
+        chosen = {name: METHODS[name] for name in methods}
+        self.taps = Taps(model, chosen, batch_dim=batch_dim, weigh=weigh, strict=strict)
+        self.names = [name for name, _ in model.named_parameters()]
+        self.discarded = 0  # microbatches that zero_grad threw away, since the beginning
+        self._taps_of: dict[str, list[LayerTap]] = {name: [] for name in self.names}
+        for tap in self.taps.layers:
+            for _, name in tap.pairs():
+                self._taps_of[name].append(tap)
+        self._disproved: dict[str, str] = {}
+        self._measured = 0
+        self._generator = torch.Generator().manual_seed(0)  # training's stream stays untouched
+        self._sentinel = _Sentinel(model)
+        self._sentinel.remember()
+        self._clear()
+
+    def arm(self, measure: bool) -> None:
+        """Measure the next step, or let it pass; takes effect at the next forward of the model."""
+        self.taps.want(measure)
+        if measure:
+            proving = self._measured % self.prove_every == 0
+            self.taps.ready(self._fired, self._generator if proving else None)
+
+    def close(self) -> StepNorms | Skipped | None:
+        """The step's norms, read after its optimizer step; None when it was not to be measured."""
+        try:
+            with self._exactly():
+                return self._close() if self.taps.wanted else None
+        finally:
+            self._clear()
+            self._sentinel.remember()
+
+    @property
+    def pending(self) -> bool:
+        """Whether a backward has been measured since the last step."""
+        return bool(self._passes) or self._fault is not None
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        self.taps.remove()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._passes: list[_Pass] = []
+        self._layers: dict[LayerTap, Tensor] = {}  # summed probes
+        self._shared: dict[str, Tensor] = {}  # as a probe, of one shared parameter
+        self._big: dict[str, Tensor] = {}
+        self._along: dict[str, Tensor] = {}
+        self._fault: Skipped | None = None
+        self._task = self._ended = -1
+        self._tasks: set[int] = set()
+        self._forwards = 0
+        self.taps.clear()
+
+    @contextmanager
+    def _exactly(self) -> Iterator[None]:
+        """Without gradients, and without the autocast that the training loop may be inside of."""
+        device = next(self.model.parameters()).device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+
+    def _fired(self, _: Tensor) -> None:
+        """A probe received its gradient: a backward is under way."""
+        task = torch._C._current_graph_task_id()
+        if task == self._task:
+            return
+        if self._task != self._ended and self.taps.forwards > self._forwards:
+            self._fault = Skipped("backward failed", "a backward pass ended in an exception")
+        self._task, self._forwards = task, self.taps.forwards
+        self._tasks.add(task)
+        if self._passes and self._sentinel.was_zeroed():
+            self._discard()
+        # A queued callback may run before those of DDP; one that it queues runs after them.
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        queue(lambda: queue(self._backward_ended))
+
+    def _backward_ended(self) -> None:
+        try:
+            with self._exactly():
+                self._harvest()
+        except Exception as error:
+            if self.strict:
+                raise
+            self._fault = Skipped("fault", f"{type(error).__name__}: {error}")
+
+    def _harvest(self) -> None:
+        """Take the statistics of this backward and the gradient as accumulated so far.
+
+        A reentrant checkpoint ends a backward of its own inside the outer one; what it brings
+        belongs to the same microbatch, and the last reading of `.grad` wins.
+        """
+        self._ended, taps = self._task, self.taps
+        if taps.forwards or not self._passes or not taps.rooted:
+            self._notice_clearing()
+            self._settle()
+            assert taps.batch is not None
+            self._passes.append(_Pass(taps.batch, taps.tokens, taps.weights))
+            taps.end_pass()
+        for tap in taps.layers:
+            if tap.probe.grad is not None:
+                self._layers[tap] = self._layers.get(tap, 0) + tap.probe.grad
+                tap.probe.grad = None
+        # torch.autograd.grad runs taps too, but what it brings reaches neither probe nor .grad.
+        self._passes[-1].uses.extend(use for task, use in taps.deferred if task in self._tasks)
+        taps.deferred.clear()
+        for name, p in self.model.named_parameters():
+            if p.grad is not None and p.requires_grad:
+                gradient = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
+                self._big[name] = _square_sum(gradient)
+                if taps.directions is not None and name in taps.directions:
+                    self._along[name] = _along(p.grad, taps.directions[name])
+        self._sentinel.remember()
+
+    def _notice_clearing(self) -> None:
+        change = self._sentinel.change()
+        if change == "replaced" and self._passes:
+            self._discard()
+        elif change == "added" and not self._passes:
+            self._fault = Skipped(
+                "gradients not cleared",
+                ".grad still held the last step's gradient when this step's was added to it; "
+                "call optimizer.zero_grad() between steps",
+            )
+        elif change == "changed" and self._passes:
+            self._fault = Skipped(
+                "gradients changed",
+                ".grad was changed between two backward passes of one step, so it is no longer "
+                "the sum over the step's examples",
+            )
+
+    def _discard(self) -> None:
+        """The gradients of the microbatches so far were thrown away: begin again."""
+        self.discarded += len(self._passes)
+        self._passes.clear()
+        self._layers.clear()
+        self._shared.clear()
+        if self._fault is not None and self._fault.reason in CURED_BY_CLEARING:
+            self._fault = None
+
+    def _settle(self) -> None:
+        """Join the uses of each shared parameter in the last microbatch."""
+        uses = self._passes[-1].uses if self._passes else []
+        for name in sorted({name for use in uses for name in use}):
+            form = reduce(add, (use[name] for use in uses if name in use))
+            pieces = [norms(form).sum().reshape(1) for norms in self.taps.methods.values()]
+            if self.taps.directions is not None:
+                pieces.append(form.sum_along(self.taps.directions[name]))
+            joined = torch.cat([piece.to(_wide(piece)) for piece in pieces])
+            self._shared[name] = self._shared.get(name, 0) + joined
+        uses.clear()
+
+    def _close(self) -> StepNorms | Skipped:
+        if self._fault is not None:
+            return self._fault
+        if not self._passes:
+            return self._nothing_fired()
+        self._settle()
+        self._measured += 1
+        layers, shared, big, along, weights = _to_host(
+            self._layers, self._shared, self._big, self._along, self._weight_sums()
+        )
+        examples = sum(p.batch for p in self._passes)
+        for tap, vector in layers.items():
+            if vector[0] > examples and not tap.shared:
+                return Skipped(
+                    "several passes",
+                    f"{tap.path} saw {vector[0]:.0f} examples, the last forwards {examples}: call "
+                    "backward once after each forward, or examples cannot be told apart",
+                )
+        parts, proofs = self._by_parameter(layers, shared)
+        if along:
+            self._disproved = self._disprove(proofs, along, big)
+        return self._norms(parts, {name: a[0] for name, a in big.items()}, examples, weights)
+
+    def _norms(
+        self,
+        parts: dict[str, Array],  # [n_methods] each
+        big: dict[str, float],
+        examples: int,
+        weights: dict[str, Array],
+    ) -> StepNorms | Skipped:
+        trainable = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        missing = {name: why for name in trainable if (why := self._why(name, parts, big))}
+        measured = [name for name in trainable if name not in missing]
+        if not measured:
+            why = next(iter(missing.values()), "no parameter is trainable")
+            return Skipped("nothing measured", why)
+        column = {name: i for i, name in enumerate(self.names)}
+        big_sq_norm = np.zeros(len(self.names))
+        parts_sq_norm = np.zeros((len(self.taps.methods), len(self.names)))
+        for name in measured:
+            big_sq_norm[column[name]] = big[name]
+            parts_sq_norm[:, column[name]] = parts[name]
+        whole = sum(big.values())
+        if not (np.isfinite(whole) and np.isfinite(parts_sq_norm).all()):
+            return Skipped("nonfinite", "the gradient has infinite or undefined values")
+        sum_sq_weights, tokens = 1 / examples, _total([p.tokens for p in self._passes])
+        if weights:
+            total, squares, integral = weights["sums"]
+            sum_sq_weights = float(squares / total**2)
+            tokens = int(total) if integral else tokens
+        return StepNorms(
+            big_sq_norm=big_sq_norm,
+            parts_sq_norm=dict(zip(self.taps.methods, parts_sq_norm, strict=True)),
+            sum_sq_weights=sum_sq_weights,
+            examples=examples,
+            tokens=tokens,
+            microbatch=self._passes[-1].batch,
+            microbatches=len(self._passes),
+            missing=missing,
+            norm_fraction=float(big_sq_norm.sum() / whole) if whole > 0 else None,
+        )
+
+    def _nothing_fired(self) -> Skipped:
+        return Skipped(
+            "no tap fired",
+            "a step was taken, but no layer reported a gradient. Was the model compiled and called "
+            "before attach? (attach first, or call torch._dynamo.reset()) Is another model trained, "
+            "or do the gradients come from torch.autograd.grad?",
+        )
+
+    def _weight_sums(self) -> dict[str, Tensor]:
+        given = [p for p in self._passes if p.weights is not None]
+        if not given:
+            return {}
+        for p in self._passes:
+            if p.weights is None or p.weights.shape != (p.batch,):
+                came = "none" if p.weights is None else list(p.weights.shape)
+                raise ValueError(
+                    f"weights: expected one for each of the {p.batch} examples, [{p.batch}]; "
+                    f"got {came}"
+                )
+        weights = torch.cat([p.weights.detach() for p in given]).double()
+        integral = all(not p.weights.is_floating_point() for p in given)
+        sums = [weights.sum(), weights.square().sum(), weights.new_tensor(float(integral))]
+        return {"sums": torch.stack(sums)}
+
+    def _by_parameter(
+        self, layers: dict[LayerTap, Array], shared: dict[str, Array]
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """The sums of squares [n_methods] and the proofs [rows] of every tapped parameter."""
+        methods = len(self.taps.methods)
+        parts = {name: vector[:methods] for name, vector in shared.items()}
+        proofs = {name: vector[methods:] for name, vector in shared.items()}
+        for tap, vector in layers.items():
+            if tap.shared:
+                continue
+            end = 1 + methods * len(tap.owned)
+            statistics = vector[1:end].reshape(methods, -1)
+            ends = end + np.cumsum([tap.rows[own] for own in tap.owned])
+            for i, (name, stop) in enumerate(zip(tap.names, ends, strict=True)):
+                parts[name] = statistics[:, i]
+                proofs[name] = vector[stop - tap.rows[tap.owned[i]] : stop]
+        return parts, proofs
+
+    def _disprove(
+        self, proofs: dict[str, Array], along: dict[str, Array], big: dict[str, Array]
+    ) -> dict[str, str]:
+        """Parameters whose examples' gradients do not add up to `.grad`, with what was found."""
+        whole = sum(float(a[0]) for a in big.values())
+        found = {}
+        for name in proofs.keys() & along.keys():
+            gap = float(np.square(proofs[name] - along[name]).sum())
+            of = float(np.square(along[name]).sum())
+            half = any(tap.half for tap in self._taps_of[name])
+            tolerance = HALF_TOLERANCE if half else TOLERANCE
+            # A gradient that is zero but for rounding (a key's bias in attention) proves nothing.
+            if gap > tolerance**2 * max(of, 1e-4 * whole):
+                found[name] = (
+                    f"the gradients of the examples do not add up to .grad (off by "
+                    f"{(gap / of) ** 0.5 if of else float('inf'):.1%}): the parameter is also used "
+                    "outside its layer's forward, penalised in the loss, or its rule is wrong"
+                )
+        return found
+
+    def _why(self, name: str, parts: Mapping[str, Array], big: Mapping[str, float]) -> str | None:
+        """Why a trainable parameter is not in this step's norms."""
+        if name in self.taps.untapped:
+            return self.taps.untapped[name]
+        for tap in self._taps_of[name]:
+            if tap.reason:
+                return tap.reason
+        if name not in big:
+            return "no gradient in this step"
+        if name not in parts:
+            path = self._taps_of[name][0].path
+            return f"{path}: its forward was not called, though its parameters have a gradient"
+        if parts[name][0] <= ABSENT:
+            return f"the rule of {self._taps_of[name][0].path} gives it no gradient"
+        return self._disproved.get(name)
+
+
+class _Sentinel:
+    """Watches one small `.grad` to tell what was done to all of them between two backward passes."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._parameter: nn.Parameter | None = None
+        self._seen: tuple[Tensor, int] | None = None
+
+    def remember(self) -> None:
+        """Take note of the gradient as it is now."""
+        if self._parameter is None or self._parameter.grad is None:
+            dense = [
+                p
+                for p in self._model.parameters()
+                if p.grad is not None and p.grad.layout == torch.strided
+            ]
+            self._parameter = min(dense, key=lambda p: p.numel(), default=None)
+        grad = None if self._parameter is None else self._parameter.grad
+        self._seen = None if grad is None else (grad, grad._version)
+
+    def change(self) -> str | None:
+        """What happened since: "replaced", "added" (one accumulation), "changed", or None."""
+        if self._parameter is None or self._seen is None or self._parameter.grad is None:
+            return None
+        grad, version = self._seen
+        if self._parameter.grad is not grad:
+            return "replaced"
+        steps = grad._version - version
+        return None if steps == 0 else "added" if steps == 1 else "changed"
+
+    def was_zeroed(self) -> bool:
+        """Whether zero_grad(set_to_none=False) came since; only then is the value looked at."""
+        if self.change() in (None, "replaced"):
+            return False
+        assert self._seen is not None
+        if bool(self._seen[0].any()):
+            return False
+        self._seen = None  # what is added next is the first
+        return True
+
+
+def _total(counts: Sequence[int | None]) -> int | None:
+    known = [c for c in counts if c is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _square_sum(gradient: Tensor) -> Tensor:
+    return gradient.detach().to(_wide(gradient)).square().sum()
+
+
+def _along(gradient: Tensor, direction: Tensor) -> Tensor:
+    dense = gradient.to_dense() if gradient.is_sparse else gradient
+    # Not by @, which a surrounding autocast would take in half precision.
+    return (dense.detach().reshape(-1, direction.numel()) * direction).sum(1)
+
+
+def _to_host(*groups: dict[Any, Tensor]) -> list[dict[Any, Array]]:
+    """The same groups as float64 arrays [numel], by one copy."""
+    tensors = [tensor.detach().reshape(-1) for group in groups for tensor in group.values()]
+    device = tensors[0].device
+    flat = torch.cat([tensor.to(device, torch.float64) for tensor in tensors]).cpu().numpy()
+    ends = np.cumsum([tensor.numel() for tensor in tensors])
+    pieces = iter(np.split(flat, ends[:-1]))
+    return [{key: next(pieces) for key in group} for group in groups]

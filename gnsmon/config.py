@@ -1,0 +1,124 @@
+"""What a user may set: one model for keyword arguments and TOML files."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Method = Literal["pepgns", "sogns"]
+HALF_LIFE = re.compile(r"\s*([0-9][0-9_.,]*(?:e[+-]?\d+)?)\s*([kMG]?)\s*(steps|examples|tokens)\s*")
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class MonitorConfig(BaseModel):
+    """The settings of `gnsmon.attach`; every one is a keyword argument of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    method: list[Method] = Field(["pepgns"], min_length=1)
+    """Sources of the small-batch norms, each its own reading; advice is given on the first."""
+    every: int = Field(10, ge=1)
+    """Measure one optimizer step in this many."""
+    decay: float | None = Field(None, gt=0, lt=1)
+    """Weight kept by the averages at each measured step; 0.99 unless half_life or window is set."""
+    half_life: str | None = None
+    """Memory of the averages instead of decay: "500 steps", "1e6 examples", "20M tokens"."""
+    window: int | None = Field(None, ge=2)
+    """Average the last so many measured steps, all alike, instead."""
+    grad_memory: float = Field(1.0, gt=0)
+    """How many times as long |G|² is remembered as S."""
+    level: float = Field(0.95, gt=0, lt=1)
+    """Level of the interval."""
+    groups: str | Callable[[str], str] | Mapping[str, str] = "layer"
+    """Parameters reported together: "layer", "kind", "total", a function, or pattern -> group."""
+    sinks: list[Any] = []
+    """Where readings go beside the log: "tensorboard:runs/a", "console", "csv", a function, ..."""
+    run_dir: Path | None = None
+    """Folder of gns.jsonl and of sinks without a path; runs/gnsmon-<time> unless named."""
+    batch_dim: int = Field(0, ge=0, le=1)
+    """Axis of the examples in the input and output of every layer."""
+    prove_every: int = Field(100, ge=1)
+    """Measured steps from one proof of the layers' rules against `.grad` to the next."""
+    strict: bool = False
+    """Raise what goes wrong instead of leaving the measurement out and saying so."""
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _one_method(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("sinks", mode="before")
+    @classmethod
+    def _sinks(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) or callable(value) else list(value)
+
+    @field_validator("half_life")
+    @classmethod
+    def _half_life(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_half_life(value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_memory(self) -> MonitorConfig:
+        memories = [k for k in ("decay", "half_life", "window") if getattr(self, k) is not None]
+        if len(memories) > 1:
+            raise ValueError(f"{' and '.join(memories)} are set; the averages take one of them")
+        if len(set(self.method)) < len(self.method):
+            raise ValueError(f"method names a source twice: {self.method}")
+        return self
+
+
+def parse_half_life(text: str) -> tuple[float, str]:
+    """Amount and unit.
+
+    >>> parse_half_life("20M tokens")
+    (20000000.0, 'tokens')
+    """
+    match = HALF_LIFE.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            f'half_life: expected a number and a unit such as "500 steps", "1e6 examples" or '
+            f'"20M tokens"; got {text!r}'
+        )
+    number, factor, unit = match.groups()
+    scale = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[factor]
+    return float(number.replace(",", "").replace("_", "")) * scale, unit
+
+
+def load(kind: type[Model], path: str | Path | None, **overrides: Any) -> Model:
+    """The settings of a TOML file, with `overrides` on top.
+
+    Raises:
+        ValueError: on an unknown key (with the nearest one) or an impossible value, naming the key.
+    """
+    values = tomllib.loads(Path(path).read_text()) if path is not None else {}
+    where = f"{path}: " if path is not None else ""
+    try:
+        return kind(**{**values, **overrides})
+    except ValidationError as error:
+        problems = "; ".join(_problem(kind, e) for e in error.errors())
+        raise ValueError(f"{where}{problems}") from None
+    except TypeError as error:
+        raise ValueError(f"{where}{error}") from None
+
+
+def _problem(kind: type[BaseModel], error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, kind.model_fields, n=1)
+        known = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(kind.model_fields)}"
+        return f"unknown setting {key!r}; {known}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}, got {error['input']!r}" if key else message

@@ -1,0 +1,476 @@
+"""The conductor: attaches to a training run and turns its steps into readings."""
+
+from __future__ import annotations
+
+import platform
+import time
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gnsmon.advice import Advice, advise
+from gnsmon.collectors.groups import group_of
+from gnsmon.collectors.per_example import PerExample, Skipped, StepNorms
+from gnsmon.config import MonitorConfig, load, parse_half_life
+from gnsmon.estimators import Estimator, GroupReading, NormPair, Raw, Reading, obstacle
+from gnsmon.estimators.values import SCHEMA, Array
+from gnsmon.sinks import SinkSet, open_sink
+
+PATIENCE = 3  # faults in a row after which the monitor switches itself off
+TOTAL = ""  # key of the total among the groups
+
+
+class Scaler(Protocol):
+    """A loss scaler such as `torch.amp.GradScaler`."""
+
+    def get_scale(self) -> float:
+        """The factor on the loss."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which parameters are in the norms, and why the others are not."""
+
+    covered: list[str]
+    missing: dict[str, str]  # parameter -> reason
+    fraction: float  # of the numbers in trainable parameters
+    norm_fraction: float | None  # of the gradient's squared norm, at the last measured step
+
+    def __str__(self) -> str:
+        missing = "".join(f"\n  {name}: {why}" for name, why in self.missing.items())
+        norm = "" if self.norm_fraction is None else f", {self.norm_fraction:.1%} of |grad|²"
+        return f"{self.fraction:.1%} of the trainable parameters{norm}{missing and '; left out:'}{missing}"
+
+
+def attach(
+    model: nn.Module,
+    optimizer: Optimizer | list[Optimizer] | None = None,
+    *,
+    scaler: Scaler | None = None,
+    weights: Callable[..., Tensor] | None = None,
+    config: MonitorConfig | str | Path | None = None,
+    **settings: Any,
+) -> Monitor:
+    """Measure the gradient noise scale of a training run, whose loop stays as it is.
+
+    Call it before `torch.compile` and before the first step.
+
+    Args:
+        model: what the training loop calls.
+        optimizer: whose steps end a measurement; several in a list; without any, call `commit`
+            after each step.
+        scaler: the GradScaler in use, so that |G|² and S are those of the loss itself.
+        weights: for losses that weigh examples unequally (a mean over tokens of sequences of unequal
+            length): called with the arguments of the model's forward, gives a weight for each
+            example, [B], up to a factor that is the same throughout an optimizer step. Integers are
+            taken as counts of tokens. See also `Monitor.weigh`.
+        config: a `MonitorConfig` or a TOML file of its settings.
+        settings: any field of `MonitorConfig`, over those of `config`.
+
+    Returns:
+        The monitor; also a context manager that closes itself.
+
+    Raises:
+        ValueError: on an unknown setting or an impossible value, naming it.
+    """
+    if isinstance(config, MonitorConfig):
+        settings = {**config.model_dump(exclude_unset=True), **settings}
+        config = None
+    return Monitor(
+        model,
+        optimizer,
+        load(MonitorConfig, config, **settings),
+        scaler=scaler,
+        weights=weights,
+    )
+
+
+class Monitor:
+    """A run under observation; made by `attach`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | list[Optimizer] | None,
+        config: MonitorConfig,
+        *,
+        scaler: Scaler | None = None,
+        weights: Callable[..., Tensor] | None = None,
+    ):
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            world = torch.distributed.get_world_size()
+            if world > 1:
+                raise ValueError(
+                    f"expected a single process, got {world} ranks: this version measures one "
+                    "process and would report the noise of its local batch only"
+                )
+        model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+        self.config, self.model = config, model
+        self._scaler = scaler
+        optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
+        # Wrappers such as Accelerate's hide the optimizer whose hooks fire.
+        self._optimizers = [getattr(o, "optimizer", o) for o in optimizers if o is not None]
+        self._collector = PerExample(
+            model,
+            config.method,
+            batch_dim=config.batch_dim,
+            weigh=weights,
+            strict=config.strict,
+            prove_every=config.prove_every,
+        )
+        self._groups, self._index = _index(self._collector.names, group_of(model, config.groups))
+        memory, self._unit = {"decay": config.decay, "window": config.window}, "steps"
+        if config.half_life is not None:
+            memory["half_life"], self._unit = parse_half_life(config.half_life)
+        self._estimators = {
+            method: Estimator(
+                len(self._groups),
+                **memory,
+                grad_memory=config.grad_memory,
+                unit=self._unit,
+                level=config.level,
+            )
+            for method in config.method
+        }
+        self.step = 0  # optimizer steps since the run began
+        self.skipped: Counter[str] = Counter()  # reason -> measurements dropped
+        self.readings: dict[str, Reading] = {}  # method -> its last reading
+        self._last: StepNorms | None = None
+        self._last_step: int | None = None
+        self._first_step = 0
+        self._faults = 0
+        self._off = self._closed = False
+        self._clock = _Clock(config.every)
+        self.run_dir = _run_dir(config)
+        self._sinks = SinkSet(
+            [open_sink(spec, self.run_dir) for spec in ["jsonl", *config.sinks]],
+            strict=config.strict,
+        )
+        self._started = False
+        self._losses: list[tuple[int, float]] = []
+        self._hooks = [
+            o.register_step_post_hook(lambda *_, first=(i == 0): self._stepped(first))
+            for i, o in enumerate(self._optimizers)
+        ]
+        self._collector.arm(True)
+
+    @property
+    def reading(self) -> Reading | None:
+        """The last reading of the first method; None before there is one."""
+        return self.readings.get(self.config.method[0])
+
+    def commit(self) -> None:
+        """End the step, where no optimizer was given: call it after the parameters changed."""
+        self._stepped(first=True)
+
+    def weigh(self, weights: Tensor) -> None:
+        """Weigh the examples of the batch whose backward comes next; see `attach`."""
+        self._collector.taps.weights = weights
+
+    def log_loss(self, value: float, step: int | None = None) -> None:
+        """Record the training loss beside the readings, of the last step unless `step` is given."""
+        step = max(self.step - 1, 0) if step is None else step
+        if self._started:
+            self._sinks.loss(step, value)
+        else:
+            self._losses.append((step, value))
+
+    def coverage(self) -> Coverage:
+        """Which parameters are measured; before the first measured step, as far as is known."""
+        return self._coverage(self._last)
+
+    def advice(self) -> Advice:
+        """What to make of the last reading.
+
+        Raises:
+            ValueError: before there is a reading.
+        """
+        if self.reading is None:
+            raise ValueError("no step has been measured yet, so there is nothing to advise on")
+        return self._advise(self.reading)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to go on, JSON-able."""
+        return {
+            "schema": SCHEMA,
+            "step": self.step,
+            "last_step": self._last_step,
+            "groups": self._groups,
+            "skipped": dict(self.skipped),
+            "estimators": {m: e.state_dict() for m, e in self._estimators.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`; the log continues at its step.
+
+        Raises:
+            ValueError: on another schema, other groups, or another kind of averages.
+        """
+        for key, own in (("schema", SCHEMA), ("groups", self._groups)):
+            if state[key] != own:
+                raise ValueError(
+                    f"{key}: expected {own!r}, got {state[key]!r} in the saved state; attach with "
+                    "the same model and settings as the saved run, or start afresh"
+                )
+        for method, estimator in self._estimators.items():
+            if method not in state["estimators"]:
+                raise ValueError(
+                    f"method {method!r} is not in the saved state, which has "
+                    f"{list(state['estimators'])}; start afresh to add a method"
+                )
+            estimator.load_state_dict(state["estimators"][method])
+        self.step = self._first_step = int(state["step"])
+        self._last_step = state["last_step"]
+        self.skipped = Counter(state["skipped"])
+        self._collector.arm(self.step % self.config.every == 0)
+
+    def close(self) -> None:
+        """Give the last advice to the sinks, close them and leave the model as it was."""
+        if self._closed:
+            return
+        self._closed = True
+        for hook in self._hooks:
+            hook.remove()
+        self._collector.remove()
+        self._start()
+        if self.reading is not None:
+            advice = self._advise(self.reading)
+            self._sinks.advise(str(advice), advice.batch_size)
+        self._sinks.close()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _stepped(self, first: bool) -> None:
+        """An optimizer has stepped; the first of several counts the steps."""
+        if self._off or self._closed or not (first or self._collector.pending):
+            return
+        measured = self._collector.taps.wanted
+        try:
+            self._take(self._collector.close())
+        except Exception as error:
+            if self.config.strict:
+                raise
+            self._skip(Skipped("fault", f"{type(error).__name__}: {error}"))
+        self._clock.tick(measured)
+        self.step += first
+        self._collector.arm(not self._off and self.step % self.config.every == 0)
+
+    def _take(self, norms: StepNorms | Skipped | None) -> None:
+        if isinstance(norms, Skipped):
+            # With several optimizers, another one's step may have closed this one's measurement.
+            if norms.reason != "no tap fired" or self._last_step != self.step:
+                self._skip(norms)
+            return
+        if norms is None:
+            return
+        scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
+        pairs = {
+            method: NormPair(
+                self._by_group(norms.big_sq_norm) / scale**2,
+                self._by_group(parts) / scale**2,
+                norms.sum_sq_weights,
+                norms.examples,
+            )
+            for method, parts in norms.parts_sq_norm.items()
+        }
+        for pair in pairs.values():
+            if reason := obstacle(pair):
+                self._skip(Skipped(reason, f"a step of {norms.examples} example(s): {reason}"))
+                return
+        elapsed = self._elapsed(norms)
+        self._last, self._last_step, self._faults = norms, self.step, 0
+        for method, pair in pairs.items():
+            self.readings[method] = self._read(method, pair, elapsed)
+        self._start()
+        for reading in self.readings.values():
+            self._sinks(reading)
+
+    def _read(self, method: str, pair: NormPair, elapsed: float) -> Reading:
+        estimator = self._estimators[method]
+        step = estimator.update(pair, elapsed=elapsed)
+        grad_sq_norm, tr_sigma = estimator.grad_sq_norm, estimator.tr_sigma
+        groups = {
+            group: GroupReading(
+                **vars(ratio),
+                grad_sq_norm=float(grad_sq_norm[i]),
+                tr_sigma=float(tr_sigma[i]),
+                raw=Raw(
+                    big_sq_norm=float(pair.big_sq_norm[i]),
+                    parts_sq_norm=float(pair.parts_sq_norm[i]),
+                    sum_sq_weights=pair.sum_sq_weights,
+                    grad_sq_norm=float(step.grad_sq_norm[i]),
+                    tr_sigma=float(step.tr_sigma[i]),
+                ),
+            )
+            for i, (group, ratio) in enumerate(zip(self._groups, estimator.ratios(), strict=True))
+            if tr_sigma[i] or grad_sq_norm[i]
+        }
+        total = groups.pop(TOTAL, None)
+        assert self._last is not None and total is not None
+        reading = Reading(
+            step=self.step,
+            examples=pair.examples,
+            tokens=self._last.tokens,
+            method=method,
+            **vars(total),
+            n_eff=estimator.n_eff,
+            coverage=self._coverage(self._last).fraction,
+            overhead=self._clock.overhead,
+            skipped=dict(self.skipped),
+            groups=groups,
+        )
+        return replace(reading, suggested_batch_size=self._advise(reading).batch_size)
+
+    def _by_group(self, values: Array) -> Array:
+        """Sums over parameters [n_parameters] as [n_groups], the total first."""
+        sums = np.bincount(self._index, weights=values, minlength=len(self._groups))
+        sums[0] = values.sum()
+        return sums
+
+    def _elapsed(self, norms: StepNorms) -> float:
+        """Steps, examples or tokens since the last measured step, all steps taken to be alike."""
+        steps = 1 if self._last_step is None else self.step - self._last_step
+        each = {"steps": 1, "examples": norms.examples, "tokens": norms.tokens}[self._unit]
+        if each is None:
+            raise ValueError(
+                "half_life in tokens, but the tokens of a step are not known: pass weights= with "
+                "each example's number of tokens, or give half_life in examples"
+            )
+        return float(max(steps, 1) * each)
+
+    def _advise(self, reading: Reading) -> Advice:
+        assert self._last is not None
+        return advise(
+            reading,
+            present=reading.examples,
+            microbatch=self._last.microbatch,
+            optimizer=type(self._optimizers[0]).__name__ if self._optimizers else None,
+            tokens_per_example=reading.tokens / reading.examples if reading.tokens else None,
+        )
+
+    def _coverage(self, norms: StepNorms | None) -> Coverage:
+        sizes = {n: p.numel() for n, p in self.model.named_parameters() if p.requires_grad}
+        missing = self._collector.taps.untapped if norms is None else norms.missing
+        missing = {name: missing[name] for name in sizes if name in missing}
+        covered = [name for name in sizes if name not in missing]
+        share = sum(sizes[name] for name in covered) / max(sum(sizes.values()), 1)
+        return Coverage(covered, missing, share, norms.norm_fraction if norms else None)
+
+    def _skip(self, skipped: Skipped) -> None:
+        """Count a dropped measurement, say so once, and give up after repeated faults."""
+        self.skipped[skipped.reason] += 1
+        self._faults = self._faults + 1 if skipped.reason == "fault" else 0
+        self._off = self._faults >= PATIENCE
+        if self._off:
+            _warn(f"switched off after {PATIENCE} faults in a row, the last: {skipped.detail}")
+        elif self.skipped[skipped.reason] == 1 and skipped.reason != "nonfinite":
+            _warn(f"step {self.step} is not measured: {skipped.detail}")
+
+    def _start(self) -> None:
+        """Announce the run to the sinks, once what is covered is known."""
+        if self._started:
+            return
+        self._started = True
+        self._sinks.start(self._header(), step=self._first_step)
+        for step, value in self._losses:
+            self._sinks.loss(step, value)
+        coverage = self.coverage()
+        if coverage.missing:
+            _warn(f"the noise scale is that of {coverage}")
+
+    def _header(self) -> dict[str, Any]:
+        coverage, last = self.coverage(), self._last
+        parameters = list(self.model.parameters())
+        return {
+            "model": type(self.model).__name__,
+            "parameters": sum(p.numel() for p in parameters),
+            "optimizer": [type(o).__name__ for o in self._optimizers],
+            "methods": list(self.config.method),
+            "every": self.config.every,
+            "decay": self.config.decay,
+            "half_life": self.config.half_life,
+            "window": self.config.window,
+            "level": self.config.level,
+            "unit": "examples",
+            "world_size": 1,
+            "examples": last.examples if last else None,
+            "microbatch": last.microbatch if last else None,
+            "microbatches": last.microbatches if last else None,
+            "coverage": {"fraction": coverage.fraction, "missing": coverage.missing},
+            "versions": {
+                "gnsmon": version("gnsmon"),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+
+class _Clock:
+    """Tells what share of the training time measuring takes, where some steps are not measured."""
+
+    def __init__(self, every: int):
+        self._every = every
+        self._seconds: dict[bool, deque[float]] = {m: deque(maxlen=64) for m in (True, False)}
+        self._last: float | None = None
+
+    def tick(self, measured: bool) -> None:
+        """A step has ended."""
+        now = time.perf_counter()
+        if self._last is not None:
+            self._seconds[measured].append(now - self._last)
+        self._last = now
+
+    @property
+    def overhead(self) -> float | None:
+        """Measured seconds over all, from medians; None until a few steps of both kinds are seen."""
+        if min(map(len, self._seconds.values())) < 3:
+            return None
+        bare = median(self._seconds[False])
+        extra = median(self._seconds[True]) - bare
+        return extra / (self._every * bare + extra)
+
+
+def _index(names: list[str], group_of: Mapping[str, str]) -> tuple[list[str], NDArray[np.intp]]:
+    """The groups, the total first, and the position of each parameter's; 0 without a group."""
+    groups = [TOTAL, *dict.fromkeys(group_of[name] for name in names if name in group_of)]
+    return groups, np.array([groups.index(group_of.get(n, TOTAL)) for n in names], dtype=np.intp)
+
+
+def _run_dir(config: MonitorConfig) -> Path:
+    if config.run_dir is not None:
+        return config.run_dir
+    for spec in config.sinks:
+        kind, _, place = spec.partition(":") if isinstance(spec, str) else ("", "", "")
+        if kind in ("tensorboard", "csv", "jsonl") and place:
+            return Path(place) if not Path(place).suffix else Path(place).parent
+    name = f"gnsmon-{datetime.now():%Y%m%d-%H%M%S}"
+    return next(
+        p for i in count() if not (p := Path("runs") / f"{name}{f'-{i}' * (i > 0)}").exists()
+    )
+
+
+def _warn(text: str) -> None:
+    warnings.warn(f"gnsmon: {text}", RuntimeWarning, stacklevel=2)

@@ -1,0 +1,298 @@
+"""Per-example gradients in factored form: what every layer rule returns.
+
+`Outer`, `Rows` and `Dense` hold the gradient of one parameter for each example of a batch; `+`
+joins the uses of a parameter that is used more than once. All methods trace under torch.compile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from gnsmon.norms import contractions
+from gnsmon.norms.contractions import squares, wide
+
+Shape = tuple[int, ...]
+
+
+class Form(Protocol):
+    """The gradients of one parameter for each example of a batch, not necessarily materialised."""
+
+    shape: Shape  # of the parameter
+
+    def __add__(self, other: Form) -> Joined:
+        """The form of a parameter that is used twice: gradients add before they are squared."""
+        return Joined((*_parts(self), *_parts(other)))
+
+    def sq_norms(self) -> Tensor:
+        """Exact squared norm of each example's gradient, [B], float32 or wider."""
+        ...
+
+    def sogns_sq_norms(self, *, unit_variance: bool = False) -> Tensor:
+        """Squared norms [B] as SOGNS approximates them: see `contractions.sogns_sq_norms`.
+
+        Only an `Outer` is approximated. The uses of a joined parameter add without cross terms,
+        as the method's assumption of independent zero-mean activations has it.
+        """
+        ...
+
+    def sum(self, weights: Tensor | None = None) -> Tensor:
+        """Sum over the batch, weighted by `weights` [B], in the parameter's shape.
+
+        Without weights it equals `.grad`; in the factors' dtype or wider.
+        """
+        ...
+
+    def sum_along(self, direction: Tensor) -> Tensor:
+        """`sum().flatten(1) @ direction` without forming the sum, [shape[0]], float32 or wider.
+
+        `direction` is [prod(shape[1:])]; of a parameter with one axis or none it is [1].
+        """
+        ...
+
+    def regroup(self, batch: int) -> Form:
+        """The form of `batch` examples, each the sum of as many consecutive ones of this form.
+
+        For layers whose leading axis is batch * positions. Raises ValueError if it does not divide.
+        """
+        ...
+
+    def dense(self) -> Tensor:
+        """The gradients themselves, [B, *shape]."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Outer(Form):
+    """Sums of outer products over positions t, as Linear and convolution give them.
+
+    Example b has the blocks sum_t left[b, g, t] (x) right[b, g, t], stacked over the groups g to
+    [G * m, n] and viewed as `shape`.
+
+    Args:
+        left: [B, G, T, m], or [B, T, m] for one group.
+        right: [B, G, T, n], or [B, T, n].
+        shape: of the parameter, [G * m, ...] with n numbers behind; (G * m, n) if not given.
+        inputs: which factor holds the layer's activations; only SOGNS, which takes them for noise,
+            wants to know. "left" for weights laid out [in, out], as in ConvTranspose.
+    """
+
+    left: Tensor
+    right: Tensor
+    shape: Shape | None = None
+    inputs: Literal["left", "right"] = "right"
+
+    def __post_init__(self) -> None:
+        left, right = (t[:, None] if t.ndim == 3 else t for t in (self.left, self.right))
+        if left.ndim != 4 or left.shape[:3] != right.shape[:3]:
+            raise ValueError(
+                "Outer: expected left [B, T, m] and right [B, T, n], or [B, G, T, m] and "
+                f"[B, G, T, n]; got {list(self.left.shape)} and {list(self.right.shape)}"
+            )
+        matrix = (left.shape[1] * left.shape[3], right.shape[3])
+        shape = matrix if self.shape is None else tuple(self.shape)
+        if (prod(shape[:1]), prod(shape[1:])) != matrix:
+            raise ValueError(
+                f"Outer: the factors give a gradient {list(matrix)}, which cannot be viewed as a "
+                f"parameter of shape {list(shape)}"
+            )
+        dtype = torch.promote_types(left.dtype, right.dtype)
+        object.__setattr__(self, "left", left.to(dtype))
+        object.__setattr__(self, "right", right.to(dtype))
+        object.__setattr__(self, "shape", shape)
+
+    def sq_norms(self) -> Tensor:  # noqa: D102
+        return contractions.outer_sq_norms(self.left, self.right)
+
+    def sogns_sq_norms(self, *, unit_variance: bool = False) -> Tensor:  # noqa: D102
+        dy, x = self.left, self.right
+        if self.inputs == "left":
+            dy, x = x, dy
+        return contractions.sogns_sq_norms(dy, x, unit_variance=unit_variance)
+
+    def sum(self, weights: Tensor | None = None) -> Tensor:  # noqa: D102
+        left = self.left if weights is None else self.left * _per_example(weights, self.left)
+        left, right = (t.transpose(0, 1).flatten(1, 2) for t in (left, self.right))
+        return (left.mT @ right).reshape(self.shape)
+
+    def sum_along(self, direction: Tensor) -> Tensor:  # noqa: D102
+        along = wide(self.right) @ wide(direction)
+        return torch.einsum("bgtm,bgt->gm", wide(self.left), along).flatten()
+
+    def regroup(self, batch: int) -> Outer:  # noqa: D102
+        left, right = (
+            _regrouped(t, batch).transpose(1, 2).flatten(2, 3) for t in (self.left, self.right)
+        )
+        return Outer(left, right, self.shape, self.inputs)
+
+    def dense(self) -> Tensor:  # noqa: D102
+        return (self.left.mT @ self.right).reshape(-1, *self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows(Form):
+    """A few rows of a table, as Embedding gives them: row index[b, t] gets value[b, t].
+
+    Args:
+        index: integers [B, T] below shape[0]; equal ones in one example add.
+        value: [B, T, d] with d = prod(shape[1:]).
+        shape: of the parameter.
+    """
+
+    index: Tensor
+    value: Tensor
+    shape: Shape
+
+    def __post_init__(self) -> None:
+        if tuple(self.value.shape) != (*self.index.shape, prod(self.shape[1:])):
+            raise ValueError(
+                f"Rows: expected index [B, T] and value [B, T, {prod(self.shape[1:])}] for a "
+                f"parameter of shape {list(self.shape)}; got {list(self.index.shape)} and "
+                f"{list(self.value.shape)}"
+            )
+        object.__setattr__(self, "index", self.index.long())
+        object.__setattr__(self, "shape", tuple(self.shape))
+
+    def sq_norms(self) -> Tensor:  # noqa: D102
+        return contractions.row_sq_norms(self.index, self.value)
+
+    def sogns_sq_norms(self, *, unit_variance: bool = False) -> Tensor:  # noqa: D102
+        return self.sq_norms()
+
+    def sum(self, weights: Tensor | None = None) -> Tensor:  # noqa: D102
+        value = wide(self.value)
+        if weights is not None:
+            value = value * _per_example(weights, value)
+        return _scattered(self.index, value, self.shape[0]).reshape(self.shape)
+
+    def sum_along(self, direction: Tensor) -> Tensor:  # noqa: D102
+        return _scattered(self.index, wide(self.value) @ wide(direction), self.shape[0])
+
+    def regroup(self, batch: int) -> Rows:  # noqa: D102
+        index, value = (_regrouped(t, batch).flatten(1, 2) for t in (self.index, self.value))
+        return Rows(index, value, self.shape)
+
+    def dense(self) -> Tensor:  # noqa: D102
+        batch, rows = len(self.index), self.shape[0]
+        at = self.index + rows * torch.arange(batch, device=self.index.device)[:, None]
+        return _scattered(at, self.value, batch * rows).reshape(batch, *self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Form):
+    """The gradients themselves, [B, *shape]: for biases, scales and other small parameters."""
+
+    grad: Tensor
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]  # noqa: D102
+        return tuple(self.grad.shape[1:])
+
+    def sq_norms(self) -> Tensor:  # noqa: D102
+        return squares(self.grad[:, None].flatten(1), 1)
+
+    def sogns_sq_norms(self, *, unit_variance: bool = False) -> Tensor:  # noqa: D102
+        return self.sq_norms()
+
+    def sum(self, weights: Tensor | None = None) -> Tensor:  # noqa: D102
+        grad = wide(self.grad)
+        return (grad if weights is None else grad * _per_example(weights, grad)).sum(0)
+
+    def sum_along(self, direction: Tensor) -> Tensor:  # noqa: D102
+        return self.sum().reshape(-1, prod(self.shape[1:])) @ wide(direction)
+
+    def regroup(self, batch: int) -> Dense:  # noqa: D102
+        return Dense(wide(_regrouped(self.grad, batch)).sum(1))
+
+    def dense(self) -> Tensor:  # noqa: D102
+        return self.grad
+
+
+@dataclass(frozen=True, eq=False)
+class Joined(Form):
+    """The uses of one parameter, whose gradients add; made by `+`."""
+
+    parts: tuple[Form, ...]
+
+    def __post_init__(self) -> None:
+        if len({part.shape for part in self.parts}) > 1:
+            raise ValueError(
+                "forms of one parameter must have its shape; got "
+                + " and ".join(f"{type(p).__name__} {list(p.shape)}" for p in self.parts)
+            )
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]  # noqa: D102
+        return self.parts[0].shape
+
+    def sq_norms(self) -> Tensor:  # noqa: D102
+        parts = _merged(self.parts)
+        squared = [part.sq_norms() for part in parts]
+        crossed = [2 * _inner(a, b) for i, a in enumerate(parts) for b in parts[i + 1 :]]
+        return sum(squared[1:] + crossed, squared[0])
+
+    def sogns_sq_norms(self, *, unit_variance: bool = False) -> Tensor:  # noqa: D102
+        return sum(part.sogns_sq_norms(unit_variance=unit_variance) for part in self.parts)
+
+    def sum(self, weights: Tensor | None = None) -> Tensor:  # noqa: D102
+        return sum(part.sum(weights) for part in self.parts)
+
+    def sum_along(self, direction: Tensor) -> Tensor:  # noqa: D102
+        return sum(part.sum_along(direction) for part in self.parts)
+
+    def regroup(self, batch: int) -> Joined:  # noqa: D102
+        return Joined(tuple(part.regroup(batch) for part in self.parts))
+
+    def dense(self) -> Tensor:  # noqa: D102
+        return sum(part.dense() for part in self.parts)
+
+
+def _parts(form: Form) -> tuple[Form, ...]:
+    return form.parts if isinstance(form, Joined) else (form,)
+
+
+def _merged(parts: tuple[Form, ...]) -> list[Form]:
+    """The same gradients with one `Outer` (for each number of groups), one `Rows` and one `Dense`.
+
+    Joining along the positions is exact, and cheaper than the cross terms that it saves.
+    """
+    outers, rows, dense = ([p for p in parts if isinstance(p, k)] for k in (Outer, Rows, Dense))
+    merged: list[Form] = []
+    for groups in sorted({p.left.shape[1] for p in outers}):
+        uses = [p for p in outers if p.left.shape[1] == groups]
+        factors = torch.cat([p.left for p in uses], 2), torch.cat([p.right for p in uses], 2)
+        merged.append(Outer(*factors, uses[0].shape))
+    if rows:
+        index, value = torch.cat([p.index for p in rows], 1), torch.cat([p.value for p in rows], 1)
+        merged.append(Rows(index, value, rows[0].shape))
+    if dense:
+        merged.append(Dense(sum(p.grad for p in dense)))
+    return merged + [p for p in parts if not isinstance(p, (Outer, Rows, Dense))]
+
+
+def _inner(a: Form, b: Form) -> Tensor:
+    """<a_b, b_b> for each example, [B], of two parts in the order of `_merged`."""
+    if isinstance(a, Outer) and isinstance(b, Rows) and a.left.shape[1] == 1:
+        return contractions.outer_rows_inner(a.left[:, 0], a.right[:, 0], b.index, b.value)
+    product = wide(a.dense()) * wide(b.dense())
+    return product.reshape(len(product), -1).sum(1)
+
+
+def _per_example(weights: Tensor, like: Tensor) -> Tensor:
+    return weights.to(like.dtype).reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def _regrouped(t: Tensor, batch: int) -> Tensor:  # [N, ...] -> [batch, N / batch, ...]
+    if len(t) % batch:
+        raise ValueError(f"{len(t)} rows cannot be shared out equally among {batch} examples")
+    return t.unflatten(0, (batch, -1))
+
+
+def _scattered(index: Tensor, value: Tensor, rows: int) -> Tensor:
+    """Sum over [B, T] of `value` [B, T, ...] into `rows` rows."""
+    value = value.flatten(0, 1)
+    return value.new_zeros(rows, *value.shape[1:]).index_add(0, index.flatten(), value)

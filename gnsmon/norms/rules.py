@@ -1,0 +1,308 @@
+"""A table from layer type to rule: a layer's input and output gradient give its parameters' forms.
+
+A rule is `fn(module, x, dy) -> {parameter name: Form}`. x is the layer's input (a tuple of the
+tensors passed, if more than one), dy the gradient at its output, both with the batch as leading
+axis. A rule reads x, dy and the layer's settings, never the values of its parameters: those may be
+sharded. It leaves out parameters that are None; frozen ones may stay in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gnsmon.norms.contractions import wide, wider
+from gnsmon.norms.forms import Dense, Form, Outer, Rows
+
+Forms = dict[str, Form]
+Rule = Callable[[Any, Any, Tensor], Forms]
+Refuse = Callable[[Any], str | None]
+
+
+class _Entry(NamedTuple):
+    rule: Rule
+    refuse: Refuse | None
+
+
+_TABLE: dict[type[nn.Module], _Entry] = {}
+
+
+def rule(*kinds: type[nn.Module], refuse: Refuse | None = None) -> Callable[[Rule], Rule]:
+    """Decorator that makes a function the rule of the layer types `kinds`; the last one counts.
+
+    Args:
+        kinds: layer types. Subclasses take the rule over unless they override `forward`.
+        refuse: layer -> the reason why, as it is set up, it has no per-example gradient, or None.
+
+    Example:
+        >>> class Scale(nn.Module):
+        ...     def __init__(self, d):
+        ...         super().__init__()
+        ...         self.weight = nn.Parameter(torch.ones(d))
+        ...     def forward(self, x):
+        ...         return x * self.weight
+        >>> @rule(Scale)
+        ... def scale(module, x, dy):  # [B, T, d]
+        ...     return {"weight": Dense((dy * x).sum(1))}
+        >>> find_rule(Scale(3)) is scale
+        True
+    """
+
+    def register(fn: Rule) -> Rule:
+        _TABLE.update(dict.fromkeys(kinds, _Entry(fn, refuse)))
+        return fn
+
+    return register
+
+
+def find_rule(module: nn.Module) -> Rule | None:
+    """The rule of `module`'s type, or of the nearest base whose `forward` it still runs."""
+    kind = type(module)
+    for base in kind.__mro__:
+        if base in _TABLE and _same_forward(kind, base):
+            return _TABLE[base].rule
+    return None
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why `module`, as it is set up now, has no per-example gradient, and what to do; or None."""
+    for base in type(module).__mro__:
+        if base in _TABLE:
+            refuse = _TABLE[base].refuse
+            return refuse(module) if refuse is not None else None
+    return None
+
+
+def _same_forward(kind: type, base: type) -> bool:
+    methods = ("forward", "_conv_forward")
+    return all(getattr(kind, name, None) is getattr(base, name, None) for name in methods)
+
+
+@rule(nn.Linear)
+def linear(module: nn.Linear, x: Tensor, dy: Tensor) -> Forms:
+    """Goodfellow 2015 for [B, I], its sum over positions for any rank."""
+    dy, x = _positions(dy), _positions(x)
+    return {"weight": Outer(dy, x.to(dy.dtype)), **_bias(module, dy, _to_last(1))}
+
+
+@rule(nn.Bilinear)
+def bilinear(module: nn.Bilinear, x: tuple[Tensor, Tensor], dy: Tensor) -> Forms:
+    """A linear layer of the products of the two inputs."""
+    pairs = (x[0][..., :, None] * x[1][..., None, :]).to(dy.dtype).flatten(-2)
+    shape = (module.out_features, module.in1_features, module.in2_features)
+    dy = _positions(dy)
+    return {"weight": Outer(dy, _positions(pairs), shape), **_bias(module, dy, _to_last(1))}
+
+
+@rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def conv(module: Any, x: Tensor, dy: Tensor) -> Forms:
+    """A linear layer of the patches under the kernel, group by group."""
+    _check_rank(module, x, 2 + len(module.kernel_size))
+    zeros = module.padding_mode == "zeros"
+    mode = "constant" if zeros else module.padding_mode
+    patches = _patches(F.pad(x.to(dy.dtype), _padding(module), mode=mode), module)
+    shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+    return {
+        "weight": Outer(_grouped(dy, module.groups), _grouped(patches, module.groups), shape),
+        **_bias(module, dy, _to_channels),
+    }
+
+
+@rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def conv_transpose(module: Any, x: Tensor, dy: Tensor) -> Forms:
+    """The convolution that maps dy to the input's gradient, with input and output exchanged."""
+    _check_rank(module, x, 2 + len(module.kernel_size))
+    settings = (x.shape[2:], dy.shape[2:], *_geometry(module), module.padding)
+    widths: list[int] = []
+    for size, out, k, stride, dilation, pad in zip(*settings, strict=True):
+        seen = stride * (size - 1) + dilation * (k - 1) + 1  # the rest is output_padding
+        widths = [pad, seen - pad - out, *widths]
+    patches = _patches(F.pad(dy, widths), module)
+    shape = (module.in_channels, module.out_channels // module.groups, *module.kernel_size)
+    left = _grouped(x.to(dy.dtype), module.groups)
+    return {
+        "weight": Outer(left, _grouped(patches, module.groups), shape, inputs="left"),
+        **_bias(module, dy, _to_channels),
+    }
+
+
+def _batch_frequency(module: nn.Embedding | nn.EmbeddingBag) -> str | None:
+    if not module.scale_grad_by_freq:
+        return None
+    return (
+        "scale_grad_by_freq=True divides each row's gradient by its count in the whole batch, so "
+        "an example's gradient depends on the others; set it to False or use the microbatch source"
+    )
+
+
+@rule(nn.Embedding, refuse=_batch_frequency)
+def embedding(module: nn.Embedding, x: Tensor, dy: Tensor) -> Forms:
+    """Each looked-up row gets dy, `padding_idx` nothing."""
+    index, value = x[:, None].flatten(1), _positions(dy)
+    if module.padding_idx is not None:
+        padding = index == module.padding_idx % module.num_embeddings
+        value = value.masked_fill(padding[..., None], 0)
+    return {"weight": Rows(index, value, (module.num_embeddings, module.embedding_dim))}
+
+
+def _bag_refusal(module: nn.EmbeddingBag) -> str | None:
+    if module.mode == "max":
+        return (
+            "mode='max' gives the gradient to the largest entries, which only the weights tell; "
+            "use mode 'sum' or 'mean', or the microbatch source"
+        )
+    return _batch_frequency(module)
+
+
+@rule(nn.EmbeddingBag, refuse=_bag_refusal)
+def embedding_bag(module: nn.EmbeddingBag, x: Any, dy: Tensor) -> Forms:
+    """Each row of a bag gets dy, times its weight or over the bag's count; padding gets nothing.
+
+    Eagerly, a flat input with offsets costs one synchronisation for the longest bag. Compiled, the
+    bags are padded to the length of the input instead: quadratic memory.
+    """
+    index, *others = x if isinstance(x, tuple) else (x,)
+    weights = next((t for t in others if t.is_floating_point()), None)
+    offsets = next((t for t in others if not t.is_floating_point()), None)
+    inside = torch.ones_like(index, dtype=torch.bool)
+    if offsets is not None:
+        at, inside = _bags(offsets[: len(dy)], len(index))
+        index, weights = index[at], None if weights is None else weights[at]
+    if module.padding_idx is not None:
+        inside = inside & (index != module.padding_idx % module.num_embeddings)
+    dy = wide(dy)
+    if module.mode == "mean":  # an empty bag has nothing inside to divide
+        weights = 1 / inside.sum(1, keepdim=True).clamp(min=1).to(dy.dtype)
+    scale = inside.to(dy.dtype) if weights is None else inside * weights
+    value = scale[..., None] * dy[:, None]
+    return {"weight": Rows(index, value, (module.num_embeddings, module.embedding_dim))}
+
+
+def _bags(starts: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Where the entries of each bag are in the flat input, [B, longest], and which exist."""
+    ends = torch.cat([starts[1:], starts.new_full((1,), total)])
+    compiling = torch.compiler.is_compiling()
+    longest = total if compiling else max(1, int((ends - starts).max()))
+    at = starts[:, None] + torch.arange(longest, device=starts.device)
+    inside = at < ends[:, None]
+    return at.where(inside, 0), inside
+
+
+@rule(nn.LayerNorm)
+def layer_norm(module: nn.LayerNorm, x: Tensor, dy: Tensor) -> Forms:
+    """d/d gamma = sum_t dy xhat, d/d beta = sum_t dy."""
+    xhat = F.layer_norm(wide(x), module.normalized_shape, eps=module.eps)
+    return _affine(module, xhat, dy, _to_last(len(module.normalized_shape)))
+
+
+@rule(nn.RMSNorm)
+def rms_norm(module: nn.RMSNorm, x: Tensor, dy: Tensor) -> Forms:
+    """d/d gamma = sum_t dy xhat; eps=None means that of the computing dtype, float32 for half."""
+    xhat = F.rms_norm(wide(x), module.normalized_shape, eps=module.eps)
+    return _affine(module, xhat, dy, _to_last(len(module.normalized_shape)))
+
+
+@rule(nn.GroupNorm)
+def group_norm(module: nn.GroupNorm, x: Tensor, dy: Tensor) -> Forms:
+    """d/d gamma = sum over positions of dy xhat."""
+    xhat = F.group_norm(wide(x), module.num_groups, eps=module.eps)
+    return _affine(module, xhat, dy, _to_channels)
+
+
+@rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+def instance_norm(module: Any, x: Tensor, dy: Tensor) -> Forms:
+    """As GroupNorm with a group a channel, or by running statistics where forward takes them."""
+    _check_rank(module, x, 1 + module._get_no_batch_dim())
+    if module.training or not module.track_running_stats:
+        xhat = F.instance_norm(wide(x), eps=module.eps)
+    else:
+        xhat = _by_running_stats(module, x)
+    return _affine(module, xhat, dy, _to_channels)
+
+
+def _batch_statistics(module: Any) -> str | None:
+    if not module.training and module.running_mean is not None:
+        return None
+    return (
+        "batch statistics make each example's loss depend on the other examples, so a per-example "
+        "gradient does not exist; use GroupNorm or LayerNorm, put the layer in eval mode to take "
+        "its running statistics, or measure with the microbatch source"
+    )
+
+
+@rule(nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm, refuse=_batch_statistics)
+def batch_norm(module: Any, x: Tensor, dy: Tensor) -> Forms:
+    """An affine map of fixed running statistics; refused while it normalises by the batch."""
+    if reason := _batch_statistics(module):
+        raise ValueError(f"{type(module).__name__}: {reason}")
+    return _affine(module, _by_running_stats(module, x), dy, _to_channels)
+
+
+@rule(nn.PReLU)
+def prelu(module: nn.PReLU, x: Tensor, dy: Tensor) -> Forms:
+    """d/d slope = sum of dy min(x, 0), over all positions, per channel if there are as many."""
+    grad = dy * wide(x).clamp(max=0)
+    if module.num_parameters == 1:
+        grad = grad[:, None].flatten(1)[:, None]  # all positions of one channel
+    return {"weight": Dense(_to_channels(grad))}
+
+
+def _positions(t: Tensor) -> Tensor:  # [B, ..., d] -> [B, T, d]
+    return t[:, None].flatten(1, -2)
+
+
+def _patches(x: Tensor, module: Any) -> Tensor:  # [B, C, *size] -> [B, C * kernel, *positions]
+    n = len(module.kernel_size)
+    for axis, (k, stride, dilation) in enumerate(zip(*_geometry(module), strict=True), start=2):
+        x = x.unfold(axis, dilation * (k - 1) + 1, stride)[..., ::dilation]
+    return x.movedim(tuple(range(-n, 0)), tuple(range(2, 2 + n))).flatten(1, 1 + n)
+
+
+def _grouped(t: Tensor, groups: int) -> Tensor:  # [B, G * d, *positions] -> [B, G, T, d]
+    return t.unflatten(1, (groups, -1)).flatten(3).mT
+
+
+def _geometry(module: Any) -> tuple[tuple[int, ...], ...]:
+    return module.kernel_size, module.stride, module.dilation
+
+
+def _padding(module: Any) -> list[int]:
+    # Where `_conv_forward` reads `padding` itself, that may have been changed after construction.
+    if module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        return [width for width in reversed(module.padding) for _ in range(2)]
+    return module._reversed_padding_repeated_twice
+
+
+def _by_running_stats(module: Any, x: Tensor) -> Tensor:
+    x = wide(x)
+    stats = module.running_mean.to(x.dtype), module.running_var.to(x.dtype)
+    return F.batch_norm(x, *stats, eps=module.eps)
+
+
+def _affine(module: Any, xhat: Tensor, dy: Tensor, total: Callable[[Tensor], Tensor]) -> Forms:
+    weight = {} if module.weight is None else {"weight": Dense(total(dy * xhat))}
+    return weight | _bias(module, dy, total)
+
+
+def _bias(module: Any, dy: Tensor, total: Callable[[Tensor], Tensor]) -> Forms:
+    return {} if getattr(module, "bias", None) is None else {"bias": Dense(total(dy))}
+
+
+def _to_last(axes: int) -> Callable[[Tensor], Tensor]:  # sums [B, ..., *last] to [B, *last]
+    return lambda t: t[:, None].flatten(1, -1 - axes).sum(1, dtype=wider(t.dtype))
+
+
+def _to_channels(t: Tensor) -> Tensor:  # sums [B, C, ...] to [B, C]
+    return t[:, :, None].flatten(2).sum(2, dtype=wider(t.dtype))
+
+
+def _check_rank(module: nn.Module, x: Tensor, rank: int) -> None:
+    if x.ndim != rank:
+        raise ValueError(
+            f"{type(module).__name__}: expected an input with {rank} axes, the batch first; got "
+            f"{list(x.shape)}. Give the layer a batch axis"
+        )
