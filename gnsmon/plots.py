@@ -1,0 +1,166 @@
+"""Pictures of a run: the noise scale with its interval, against the batch size and the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gnsmon.estimators.values import Array
+from gnsmon.sinks.jsonl import Log
+from gnsmon.sinks.wording import number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MAIN, BATCH, LOSS, INK, FAINT = "#1f5fa8", "#3d3d3d", "#5b7f3b", "#222222", "#5a5a5a"
+OTHERS = ("#c2571a", "#7a4fa3", "#1a8a7a", "#b03060")
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "axes.edgecolor": "#b5b5b5",
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e9e9e9",
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "hatch.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    "legend.labelcolor": INK,
+}
+MOST = 2000  # points drawn per line; more than the picture has columns
+
+
+def plot_run(
+    log: Log, path: str | Path, *, loss: Sequence[tuple[int, float]] | None = None
+) -> Path:
+    """The path of a picture of the run, b_simple in examples against the optimizer step.
+
+    The losses are `loss` as (step, value), else those of the log, else their panel is left out.
+    ValueError for a log without readings, ImportError without matplotlib.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, MaxNLocator
+    except ImportError as error:
+        raise ImportError('a plot needs matplotlib: pip install "gnsmon[report]"') from error
+    if not log.readings:
+        raise ValueError(f"{log.path} holds no readings to plot yet: let the run go on")
+    pairs = loss if loss is not None else [(r["step"], r["loss"]) for r in log.losses]
+    losses = np.array(pairs, dtype=float).reshape(-1, 2)
+    losses = losses[np.isfinite(losses).all(axis=1)]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9.6, 6.4 if len(losses) else 5.0), dpi=160, layout="constrained")
+        ratios = [2.6, 1] if len(losses) else [1]
+        axes = figure.subplots(len(ratios), sharex=True, height_ratios=ratios, squeeze=False)[:, 0]
+        notes = _noise(axes[0], log)
+        if len(losses):
+            _loss(axes[1], losses)
+        axes[-1].set_xlabel("optimizer step")
+        axes[-1].xaxis.set_major_locator(MaxNLocator(9, integer=True, steps=[1, 2, 5, 10]))
+        axes[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[0].yaxis.set_major_formatter(lambda value, _: number(value))
+        figure.suptitle(_title(log), x=0.01, ha="left", fontsize=14, color=INK)
+        if notes:
+            figure.supxlabel(" ".join(notes), fontsize=9, color=FAINT, x=0.01, ha="left")
+        figure.savefig(path)
+    return Path(path)
+
+
+def _noise(axes: Axes, log: Log) -> list[str]:
+    records = _thin(log.of())
+    step, value, low, high, batch = (
+        np.array([r[k] for r in records], dtype=float)
+        for k in ("step", "b_simple", "low", "high", "examples")
+    )
+    status = np.array([r["status"] for r in records])
+    known, bound = np.isin(status, ("ok", "wide")), status == "lower_bound"
+    main, *names = log.methods
+    others = {name: _thin(log.of(name)) for name in names}
+    lines = {
+        name: np.array([r["b_simple"] for r in rs], dtype=float) for name, rs in others.items()
+    }
+    axes.set_yscale("log")
+    bottom, top = _limits([value, batch, *lines.values()], low, high)
+    axes.set_ylim(bottom, top)
+    band = (
+        _only(known, np.where(np.isnan(low), bottom, low)),
+        _only(known, np.where(np.isnan(high), top, high)),
+    )
+    if known.any():
+        axes.fill_between(
+            step, *band, color=MAIN, alpha=0.18, lw=0, label=f"{log.level * 100:g}% interval"
+        )
+        axes.plot(step, _only(known, value), color=MAIN, lw=2.2, label=f"noise scale ({main})")
+    lone = known & ~np.r_[False, known[:-1]] & ~np.r_[known[1:], False]
+    around = np.abs([edge[lone] - value[lone] for edge in band])
+    axes.errorbar(step[lone], value[lone], around, fmt=".", color=MAIN, elinewidth=1)
+    notes = []
+    if bound.any():
+        floor = _only(bound, low)
+        axes.fill_between(step, floor, top, facecolor="none", hatch="//", edgecolor="#c4d5ea", lw=0)
+        axes.plot(step, floor, color=MAIN, lw=1, alpha=0.6)
+        arrows = np.flatnonzero(bound & ~np.isnan(low))
+        apart = np.floor(step[arrows] / max(1.0, np.ptp(step)) * 30)  # 30 across the picture
+        arrows = arrows[np.unique(apart, return_index=True)[1]]
+        style: dict[str, Any] = {
+            "ls": "none",
+            "marker": "$\\uparrow$",
+            "ms": 11,
+            "mew": 0,
+            "color": MAIN,
+        }
+        axes.plot(step[arrows], low[arrows] * (top / bottom) ** 0.025, **style, label="at least")
+        notes.append("Hatched, with arrows: only a lower bound is known, the line under them.")
+    if (status == "undefined").any():
+        notes.append("Gaps: not measurable there.")
+    for colour, (name, line) in zip(cycle(OTHERS), lines.items(), strict=False):
+        axes.plot([r["step"] for r in others[name]], line, color=colour, lw=1.1, label=name)
+    label = f"batch size ({number(batch[-1])})"
+    axes.step(step, batch, where="post", color=BATCH, lw=1.4, ls=(0, (5, 3)), label=label)
+    axes.set_ylabel("gradient noise scale (examples)")
+    axes.tick_params(which="minor", left=False, labelleft=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.015, 1.0), ncols=6, columnspacing=1.6)
+    return notes
+
+
+def _loss(axes: Axes, losses: Array) -> None:
+    step, value = losses[np.argsort(losses[:, 0], kind="stable")].T
+    width = max(1, len(value) // 50)
+    axes.plot(_thin(step), _thin(value), color=LOSS, lw=0.8, alpha=0.35)
+    smooth = np.convolve(value, np.ones(width) / width, mode="valid")
+    label = f"mean of {width} losses" if width > 1 else "loss"
+    axes.plot(_thin(step[width - 1 :]), _thin(smooth), color=LOSS, lw=1.8, label=label)
+    axes.set_ylabel("training loss")
+    axes.legend(loc="upper right")
+
+
+def _limits(lines: list[Array], low: Array, high: Array) -> tuple[float, float]:
+    """Room for every line and bound, and for intervals as far as three times beyond the lines."""
+    centre = np.concatenate(lines)
+    centre = centre[centre > 0]
+    inside = np.r_[centre, low[low > centre.min() / 3], high[high < centre.max() * 3]]
+    return inside.min() / 1.4, inside.max() * 1.6
+
+
+def _only(mask: NDArray[np.bool_], values: Array) -> Array:
+    return np.where(mask, values, np.nan)
+
+
+def _thin(points: Any) -> Any:
+    return points[:: -(-len(points) // MOST)] if len(points) else points
+
+
+def _title(log: Log) -> str:
+    named = [log.header.get("model"), log.header.get("optimizer")]
+    parts = [" + ".join(n) if isinstance(n, list) else n for n in named if n]
+    return "Gradient noise scale" + (f": {', '.join(parts)}" if parts else "")

@@ -1,0 +1,34 @@
+"""The dashboard keys of a reading, the same in TensorBoard and W&B."""
+
+from __future__ import annotations
+
+import math
+
+from gnsmon.estimators.values import Reading
+
+
+def prefix(method: str, primary: str) -> str:
+    """`gns` for the run's primary method, `gns/<method>` for the others."""
+    return "gns" if method == primary else f"gns/{method}"
+
+
+def scalars(reading: Reading, prefix: str = "gns") -> dict[str, float]:
+    """Key -> value for every number that the reading has; what is absent is left out."""
+    values = {
+        "b_simple": reading.b_simple,
+        "b_simple_low": reading.low,
+        "b_simple_high": reading.high,
+        "tr_sigma": reading.tr_sigma,
+        "grad_sq_norm": reading.grad_sq_norm,
+        "batch_size": reading.examples,
+        "suggested_batch_size": reading.suggested_batch_size,
+        "coverage": reading.coverage,
+        "overhead": reading.overhead,
+        "skipped_steps": sum(reading.skipped.values()),
+        **{f"layer/{name}/b_simple": group.b_simple for name, group in reading.groups.items()},
+    }
+    return {
+        f"{prefix}/{key}": value
+        for key, value in values.items()
+        if value is not None and math.isfinite(value)
+    }
