@@ -233,10 +233,11 @@ class Joined(Form):
         parts = _merged(self.parts)
         squared = [part.sq_norms() for part in parts]
         crossed = [2 * _inner(a, b) for i, a in enumerate(parts) for b in parts[i + 1 :]]
-        return sum(squared[1:] + crossed, squared[0])
+        return torch.stack(squared + crossed).sum(0)  # unlike +, refuses another number of examples
 
     def sogns_sq_norms(self, *, unit_variance: bool = False) -> Tensor:  # noqa: D102
-        return sum(part.sogns_sq_norms(unit_variance=unit_variance) for part in self.parts)
+        parts = [part.sogns_sq_norms(unit_variance=unit_variance) for part in self.parts]
+        return torch.stack(parts).sum(0)
 
     def sum(self, weights: Tensor | None = None) -> Tensor:  # noqa: D102
         return sum(part.sum(weights) for part in self.parts)
@@ -270,7 +271,7 @@ def _merged(parts: tuple[Form, ...]) -> list[Form]:
         index, value = torch.cat([p.index for p in rows], 1), torch.cat([p.value for p in rows], 1)
         merged.append(Rows(index, value, rows[0].shape))
     if dense:
-        merged.append(Dense(sum(p.grad for p in dense)))
+        merged.append(Dense(torch.stack([wide(p.grad) for p in dense]).sum(0)))
     return merged + [p for p in parts if not isinstance(p, (Outer, Rows, Dense))]
 
 

@@ -100,7 +100,10 @@ def bilinear(module: nn.Bilinear, x: tuple[Tensor, Tensor], dy: Tensor) -> Forms
 
 @rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def conv(module: Any, x: Tensor, dy: Tensor) -> Forms:
-    """A linear layer of the patches under the kernel, group by group."""
+    """A linear layer of the patches under the kernel, group by group.
+
+    The patches of the whole batch, kernel-size times the input, live while the norms are taken.
+    """
     _check_rank(module, x, 2 + len(module.kernel_size))
     zeros = module.padding_mode == "zeros"
     mode = "constant" if zeros else module.padding_mode
