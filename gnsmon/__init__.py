@@ -49,6 +49,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("gnsmon")
     if name not in _MODULE:
         raise AttributeError(f"module 'gnsmon' has no attribute {name!r}")
     value = getattr(import_module(_MODULE[name]), name)

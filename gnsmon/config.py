@@ -94,7 +94,10 @@ def parse_half_life(text: str) -> tuple[float, str]:
         )
     number, factor, unit = match.groups()
     scale = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[factor]
-    return float(number.replace(",", "").replace("_", "")) * scale, unit
+    amount = float(number.replace(",", "").replace("_", "")) * scale
+    if amount <= 0:
+        raise ValueError(f"half_life: expected a positive amount, got {text!r}")
+    return amount, unit
 
 
 def load(kind: type[Model], path: str | Path | None, **overrides: Any) -> Model:
@@ -103,15 +106,16 @@ def load(kind: type[Model], path: str | Path | None, **overrides: Any) -> Model:
     Raises:
         ValueError: on an unknown key (with the nearest one) or an impossible value, naming the key.
     """
-    values = tomllib.loads(Path(path).read_text()) if path is not None else {}
     where = f"{path}: " if path is not None else ""
+    try:
+        values = tomllib.loads(Path(path).read_text()) if path is not None else {}
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{where}{error}") from None
     try:
         return kind(**{**values, **overrides})
     except ValidationError as error:
         problems = "; ".join(_problem(kind, e) for e in error.errors())
         raise ValueError(f"{where}{problems}") from None
-    except TypeError as error:
-        raise ValueError(f"{where}{error}") from None
 
 
 def _problem(kind: type[BaseModel], error: Any) -> str:

@@ -53,7 +53,8 @@ class Coverage:
     def __str__(self) -> str:
         missing = "".join(f"\n  {name}: {why}" for name, why in self.missing.items())
         norm = "" if self.norm_fraction is None else f", {self.norm_fraction:.1%} of |grad|²"
-        return f"{self.fraction:.1%} of the trainable parameters{norm}{missing and '; left out:'}{missing}"
+        left_out = f"; left out:{missing}" if missing else ""
+        return f"{self.fraction:.1%} of the trainable parameters{norm}{left_out}"
 
 
 def attach(
@@ -74,10 +75,10 @@ def attach(
         optimizer: whose steps end a measurement; several in a list; without any, call `commit`
             after each step.
         scaler: the GradScaler in use, so that |G|² and S are those of the loss itself.
-        weights: for losses that weigh examples unequally (a mean over tokens of sequences of unequal
-            length): called with the arguments of the model's forward, gives a weight for each
-            example, [B], up to a factor that is the same throughout an optimizer step. Integers are
-            taken as counts of tokens. See also `Monitor.weigh`.
+        weights: for losses that weigh examples unequally (a mean over tokens of sequences of
+            unequal length): called with the arguments of the model's forward, gives a weight for
+            each example, [B], up to a factor that is the same throughout an optimizer step.
+            Integers are taken as counts of tokens. See also `Monitor.weigh`.
         config: a `MonitorConfig` or a TOML file of its settings.
         settings: any field of `MonitorConfig`, over those of `config`.
 
@@ -445,7 +446,7 @@ class _Clock:
 
     @property
     def overhead(self) -> float | None:
-        """Measured seconds over all, from medians; None until a few steps of both kinds are seen."""
+        """Share of the time spent on measuring; None until a few steps of both kinds are seen."""
         if min(map(len, self._seconds.values())) < 3:
             return None
         bare = median(self._seconds[False])

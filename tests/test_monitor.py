@@ -764,12 +764,15 @@ def test_state_of_another_run_is_refused():
     model, optimizer, _ = make()
     with watch(model, optimizer, half_life="40 examples") as gns:
         state = gns.state_dict()
-    with watch(model, optimizer, groups="kind") as other:
-        with pytest.raises(ValueError, match="groups: expected"):
-            other.load_state_dict(state)
-    with watch(model, optimizer, half_life="9 tokens") as other:
-        with pytest.raises(ValueError, match="unit: expected 'tokens', got 'examples'"):
-            other.load_state_dict(state)
+    for settings, words in (
+        ({"groups": "kind"}, "groups: expected"),
+        ({"half_life": "9 tokens"}, "unit: expected 'tokens', got 'examples'"),
+        ({"method": ["pepgns", "sogns"], "half_life": "9 examples"}, "'sogns' is not in the saved"),
+    ):
+        gns = watch(model, optimizer, **settings)
+        with pytest.raises(ValueError, match=words):
+            gns.load_state_dict(state)
+        gns.close()
 
 
 def test_repeated_faults_switch_the_monitor_off(monkeypatch):

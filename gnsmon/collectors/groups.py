@@ -17,7 +17,8 @@ NORMS = (
     nn.modules.batchnorm._NormBase,
 )
 KINDS = {
-    "attention": r"attn|attention|(^|[._])(qkv|[qkvo]_?proj)([._]|$)",
+    "mlp": r"mlp|ffn|feed_?forward",
+    "attention": r"attn|attention|(^|[._])(qkv|[qkvo]?_?proj)([._]|$)",
     "head": r"(^|[._])(head|lm_head|classifier|score|fc_out|decoder)$",
 }
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gnsmon.estimators.values import Array
 from gnsmon.norms.forms import Form
+from gnsmon.norms.rules import coupling
 from gnsmon.norms.taps import ABSENT, LayerTap, SqNorms, Taps
 
 METHODS: dict[str, SqNorms] = {
@@ -96,9 +97,12 @@ class PerExample:
         for tap in self.taps.layers:
             for _, name in tap.pairs():
                 self._taps_of[name].append(tap)
+        self.gaps: dict[str, float] = {}  # parameter -> relative error at its last proof
         self._disproved: dict[str, str] = {}
         self._measured = 0
         self._generator = torch.Generator().manual_seed(0)  # training's stream stays untouched
+        norms = nn.modules.batchnorm._BatchNorm
+        self._batch_norms = [(n, m) for n, m in model.named_modules() if isinstance(m, norms)]
         self._sentinel = _Sentinel(model)
         self._sentinel.remember()
         self._clear()
@@ -179,6 +183,9 @@ class PerExample:
         belongs to the same microbatch, and the last reading of `.grad` wins.
         """
         self._ended, taps = self._task, self.taps
+        for path, module in self._batch_norms:
+            if why := coupling(module):
+                self._fault = Skipped("coupled examples", f"{path}: {why}")
         if taps.forwards or not self._passes or not taps.rooted:
             self._notice_clearing()
             self._settle()
@@ -301,11 +308,13 @@ class PerExample:
         )
 
     def _nothing_fired(self) -> Skipped:
+        if not self.taps.layers:
+            return Skipped("nothing measured", next(iter(self.taps.untapped.values()), "no layer"))
         return Skipped(
             "no tap fired",
             "a step was taken, but no layer reported a gradient. Was the model compiled and called "
-            "before attach? (attach first, or call torch._dynamo.reset()) Is another model trained, "
-            "or do the gradients come from torch.autograd.grad?",
+            "before attach (attach first, or call torch._dynamo.reset())? Is another model "
+            "trained? Do the gradients come from torch.autograd.grad?",
         )
 
     def _weight_sums(self) -> dict[str, Tensor]:
@@ -346,19 +355,19 @@ class PerExample:
         self, proofs: dict[str, Array], along: dict[str, Array], big: dict[str, Array]
     ) -> dict[str, str]:
         """Parameters whose examples' gradients do not add up to `.grad`, with what was found."""
-        whole = sum(float(a[0]) for a in big.values())
+        whole = sum(float(a[0]) for a in big.values()) ** 0.5
         found = {}
         for name in proofs.keys() & along.keys():
-            gap = float(np.square(proofs[name] - along[name]).sum())
-            of = float(np.square(along[name]).sum())
-            half = any(tap.half for tap in self._taps_of[name])
-            tolerance = HALF_TOLERANCE if half else TOLERANCE
+            gap, of = (_length(v) for v in (proofs[name] - along[name], along[name]))
             # A gradient that is zero but for rounding (a key's bias in attention) proves nothing.
-            if gap > tolerance**2 * max(of, 1e-4 * whole):
+            of = max(of, 1e-2 * whole)
+            self.gaps[name] = gap / of if of else 0.0
+            half = any(tap.half for tap in self._taps_of[name])
+            if self.gaps[name] > (HALF_TOLERANCE if half else TOLERANCE):
                 found[name] = (
                     f"the gradients of the examples do not add up to .grad (off by "
-                    f"{(gap / of) ** 0.5 if of else float('inf'):.1%}): the parameter is also used "
-                    "outside its layer's forward, penalised in the loss, or its rule is wrong"
+                    f"{self.gaps[name]:.1%}): the parameter is also used outside its layer's "
+                    "forward, penalised in the loss, or its rule is wrong"
                 )
         return found
 
@@ -380,7 +389,7 @@ class PerExample:
 
 
 class _Sentinel:
-    """Watches one small `.grad` to tell what was done to all of them between two backward passes."""
+    """Watches one small `.grad` to tell what was done to all between two backward passes."""
 
     def __init__(self, model: nn.Module):
         self._model = model
@@ -437,6 +446,10 @@ def _along(gradient: Tensor, direction: Tensor) -> Tensor:
     dense = gradient.to_dense() if gradient.is_sparse else gradient
     # Not by @, which a surrounding autocast would take in half precision.
     return (dense.detach().reshape(-1, direction.numel()) * direction).sum(1)
+
+
+def _length(vector: Array) -> float:
+    return float(np.sqrt(np.square(vector).sum()))
 
 
 def _to_host(*groups: dict[Any, Tensor]) -> list[dict[Any, Array]]:

@@ -77,6 +77,12 @@ def refusal(module: nn.Module) -> str | None:
     return None
 
 
+def coupling(module: nn.Module) -> str | None:
+    """Why `module`, as it is set up now, leaves no layer of its model a per-example gradient."""
+    batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return _batch_statistics(module) if batch_norm else None
+
+
 def _same_forward(kind: type, base: type) -> bool:
     methods = ("forward", "_conv_forward")
     return all(getattr(kind, name, None) is getattr(base, name, None) for name in methods)
@@ -138,7 +144,7 @@ def _batch_frequency(module: nn.Embedding | nn.EmbeddingBag) -> str | None:
         return None
     return (
         "scale_grad_by_freq=True divides each row's gradient by its count in the whole batch, so "
-        "an example's gradient depends on the others; set it to False or use the microbatch source"
+        "an example's gradient depends on the others; set it to False"
     )
 
 
@@ -156,7 +162,7 @@ def _bag_refusal(module: nn.EmbeddingBag) -> str | None:
     if module.mode == "max":
         return (
             "mode='max' gives the gradient to the largest entries, which only the weights tell; "
-            "use mode 'sum' or 'mean', or the microbatch source"
+            "use mode 'sum' or 'mean'"
         )
     return _batch_frequency(module)
 
@@ -232,8 +238,8 @@ def _batch_statistics(module: Any) -> str | None:
         return None
     return (
         "batch statistics make each example's loss depend on the other examples, so a per-example "
-        "gradient does not exist; use GroupNorm or LayerNorm, put the layer in eval mode to take "
-        "its running statistics, or measure with the microbatch source"
+        "gradient does not exist; use GroupNorm or LayerNorm, or put the layer in eval mode, where "
+        "it takes its running statistics"
     )
 
 

@@ -1,4 +1,4 @@
-"""Taps: squared norms of per-example gradients, carried out of backward as the gradient of a leaf."""
+"""Taps: squared norms of per-example gradients, leaving backward as the gradient of a leaf."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ABSENT = -1.0  # in place of a sum of squares: the rule gave no gradient
 
 
 class _Tap(torch.autograd.Function):
-    """The identity on a layer's output, whose backward also gives `probe` a gradient: the statistics.
+    """The identity on a layer's output; its backward gives `probe` the statistics as a gradient.
 
     A side effect in backward would break a compiled graph; the gradient of an extra leaf does not
     (torch 2.13). `x` is saved through autograd, so that checkpointing and offloading see it.
@@ -341,7 +341,7 @@ class _Begin:
 
 
 class _Inert:
-    """What a copy of a tapped model carries in place of our hooks: it must not feed this monitor."""
+    """What a copy of a tapped model has in place of hooks: it must not feed this monitor."""
 
     def __call__(self, *_: Any) -> None:
         return None

@@ -1,0 +1,89 @@
+"""Prints what a measured step costs, as a ratio to the bare step, on the two demo models.
+
+    python scripts/bench_overhead.py --rounds 40
+
+Bare and monitored steps alternate in one process; each round gives one ratio. "unmeasured" is a
+step of a monitored run that the monitor lets pass (every=N measures one in N).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+
+import gnsmon
+from gnsmon.demo.models import CharGPT, DigitsCNN
+
+Step = Callable[[], None]
+
+
+def digits() -> tuple[torch.nn.Module, Callable[[torch.nn.Module], torch.Tensor]]:
+    images, labels = torch.randn(64, 1, 28, 28), torch.randint(10, (64,))
+    return DigitsCNN(), lambda model: F.cross_entropy(model(images), labels)
+
+
+def text() -> tuple[torch.nn.Module, Callable[[torch.nn.Module], torch.Tensor]]:
+    window = torch.randint(96, (8, 129))
+    x, y = window[:, :-1], window[:, 1:]
+    return CharGPT(96), lambda model: F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+
+
+def training_step(make: Callable[[], tuple], method: str | None, every: int) -> Step:
+    torch.manual_seed(0)
+    model, loss = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    if method is not None:
+        settings = {"method": method, "every": every, "run_dir": tempfile.mkdtemp()}
+        gnsmon.attach(model, optimizer, **settings)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+
+    return step
+
+
+def seconds(step: Step) -> float:
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+def main(
+    rounds: Annotated[int, typer.Option(help="Ratios per figure.")] = 40,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+) -> None:
+    torch.set_num_threads(threads)
+    print(f"torch {torch.__version__}, CPU, {threads} threads, {rounds} rounds\n")
+    print("| model | step | ratio to the bare step | quartiles |")
+    print("|---|---|--:|--:|")
+    for make in (digits, text):
+        bare = training_step(make, None, 1)
+        variants = {
+            "measured, pepgns": training_step(make, "pepgns", 1),
+            "measured, sogns": training_step(make, "sogns", 1),
+            "unmeasured": training_step(make, "pepgns", 10**9),
+        }
+        for step in (bare, *variants.values()):
+            for _ in range(5):
+                step()
+        ratios: dict[str, list[float]] = {name: [] for name in variants}
+        for _ in range(rounds):
+            for name, step in variants.items():
+                before, own, after = seconds(bare), seconds(step), seconds(bare)
+                ratios[name].append(2 * own / (before + after))
+        for name, found in ratios.items():
+            low, middle, high = np.percentile(found, [25, 50, 75])
+            print(f"| {make.__name__} | {name} | {middle:.2f} | {low:.2f}-{high:.2f} |")
+
+
+if __name__ == "__main__":
+    typer.run(main)

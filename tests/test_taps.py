@@ -1,0 +1,143 @@
+"""Taps give every layer's norms as one example at a time does, and say what they cannot give."""
+
+import cases
+import pytest
+import torch
+from torch import nn
+
+import gnsmon
+from gnsmon.collectors.per_example import PerExample, Skipped
+
+
+def collect(model, loss, batch, steps=1, **options):
+    """The norms of the last of `steps` steps."""
+    collector = PerExample(model, ["pepgns", "sogns"], strict=True, prove_every=1, **options)
+    for _ in range(steps):
+        model.zero_grad()
+        collector.arm(True)
+        loss(model, batch).backward()
+        norms = collector.close()
+    collector.remove()
+    return collector, norms
+
+
+def assert_equal(model, case, batch, norms, collector):
+    expected = gnsmon.per_example_sq_norms(model, case.loss, batch)
+    unused = {n for n, p in model.named_parameters() if p.grad is None}
+    assert norms.missing.keys() <= unused
+    whole = sum(float(v.sum()) for v in expected.values())
+    for i, name in enumerate(collector.names):
+        want = float(expected[name].sum()) / cases.B**2 if name in expected else 0.0
+        got = norms.parts_sq_norm["pepgns"][i]
+        assert got == pytest.approx(want, rel=1e-10, abs=1e-20 * whole), name
+        grad = dict(model.named_parameters())[name].grad
+        big = 0.0 if grad is None else float(grad.to_dense().square().sum())
+        assert norms.big_sq_norm[i] == pytest.approx(big, rel=1e-10), name
+    assert max(collector.gaps.values()) < 1e-10
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.name)
+def test_every_case_through_taps(case):
+    model, batch = case.make()
+    collector, norms = collect(model, case.loss, batch, steps=2)  # the first finds reused layers
+    assert_equal(model, case, batch, norms, collector)
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.name)
+def test_sogns_is_exact_where_it_approximates_nothing(case):
+    """For all but the products of activations and output gradients over several positions."""
+    model, batch = case.make()
+    collector, norms = collect(model, case.loss, batch, steps=2)
+    for i, name in enumerate(collector.names):
+        exact, sogns = norms.parts_sq_norm["pepgns"][i], norms.parts_sq_norm["sogns"][i]
+        assert sogns >= 0
+        if name.endswith("bias"):
+            uses = collector._taps_of[name][0].shared
+            assert uses or sogns == pytest.approx(exact, rel=1e-12)
+
+
+class Trunk(nn.Module):
+    """Its own forward is never called: the loss uses the parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(3, 4)
+        self.two = nn.Linear(4, 2)
+
+
+def parts_only(model, batch):
+    return model.two(model.one(batch).tanh()).square().sum(1).mean()
+
+
+def test_layers_may_be_called_without_their_model():
+    model, batch = Trunk().double(), torch.randn(cases.B, 3, dtype=torch.float64)
+    case = cases.Case("trunk", lambda: (model, batch), parts_only)
+    collector, norms = collect(model, parts_only, batch, steps=3)
+    assert_equal(model, case, batch, norms, collector)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_in_training_mode_leaves_no_measurement(affine):
+    def norm():
+        return nn.BatchNorm1d(4, affine=affine)
+
+    case = cases.case("bn", lambda: nn.Sequential(nn.Linear(3, 4), norm()), cases.reals(3))
+    model, batch = case.make()
+    _, skipped = collect(model, case.loss, batch)
+    assert isinstance(skipped, Skipped)
+    assert skipped.detail.startswith("1: batch statistics make each example's loss depend")
+    assert "GroupNorm" in skipped.detail
+    model.eval()
+    collector, norms = collect(model, case.loss, batch)
+    assert_equal(model, case, batch, norms, collector)
+
+
+def test_old_weight_norm_is_left_out_and_named():
+    with pytest.warns(FutureWarning):
+        model = torch.nn.utils.weight_norm(nn.Linear(3, 2)).double()
+    _, norms = collect(model, cases.energy, torch.randn(cases.B, 3, dtype=torch.float64))
+    assert norms.missing.keys() == {"weight_g", "weight_v"}
+    assert "gives it no gradient" in norms.missing["weight_g"]
+
+
+def test_parametrized_weights_are_left_out_and_named():
+    model = torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)).double()
+    _, norms = collect(model, cases.energy, torch.randn(cases.B, 3, dtype=torch.float64))
+    assert [n for n in norms.missing if n.startswith("parametrizations.weight.original")]
+    assert "bias" not in norms.missing
+
+
+def test_attention_that_bypasses_its_child_is_left_out_and_named():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    model = nn.Sequential(nn.Linear(4, 4), Attends()).double()
+    _, norms = collect(model, cases.energy, torch.randn(cases.B, 5, 4, dtype=torch.float64))
+    assert "MultiheadAttention has no rule" in norms.missing["1.attention.in_proj_weight"]
+    assert "forward was not called" in norms.missing["1.attention.out_proj.weight"]
+    assert "0.weight" not in norms.missing
+
+
+def test_inputs_by_keyword():
+    class Keywords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Bilinear(3, 4, 2)
+
+        def forward(self, *, a, b):
+            return self.mix(input2=b, input1=a)
+
+    model = Keywords().double()
+    batch = tuple(torch.randn(cases.B, d, dtype=torch.float64) for d in (3, 4))
+
+    def loss(model, batch):
+        return model(a=batch[0], b=batch[1]).sin().sum(1).mean()
+
+    case = cases.Case("keywords", lambda: (model, batch), loss)
+    collector, norms = collect(model, loss, batch)
+    assert_equal(model, case, batch, norms, collector)
