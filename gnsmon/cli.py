@@ -1,0 +1,155 @@
+"""The command line; each command imports what it needs, so that reports start without torch."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+app = typer.Typer(
+    help="Gradient noise scale of a training run: is the batch too small or too large?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Run = Annotated[Path, typer.Argument(help="A run folder, or its gns.jsonl.", show_default=False)]
+PROBLEMS = {"digits": "gnsmon.demo.problems:digits", "text": "gnsmon.demo.problems:text"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit status 2."""
+    try:
+        app(args=arguments)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
+        sys.exit(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        Console().print(f"gnsmon {metadata.version('gnsmon')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    task: Annotated[str | None, typer.Option(help="digits or text.", show_default="digits")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples in a step.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with the MNIST files, instead of bundled digits.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where to write.", show_default="runs/demo-TASK-TIME")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file, as in configs/.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights and batches.")] = None,
+) -> None:
+    """Train a small model with the monitor attached: a minute or two on a laptop."""
+    from gnsmon.demo.config import load_config
+
+    settings = load_config(
+        config,
+        task=task,
+        steps=steps,
+        batch_size=batch_size,
+        data_dir=data_dir,
+        run_dir=run_dir,
+        seed=seed,
+    )
+    from gnsmon.demo.train import run
+
+    run(settings, Console())
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Print what a run's log says, and write report.md and gns.png beside it."""
+    from gnsmon.report import render, summarise, write_report
+    from gnsmon.sinks import read_log
+
+    console = Console()
+    render(console, summarise(read_log(run)))
+    console.print(Text(f"\n{write_report(run)}", style="dim"), soft_wrap=True)
+
+
+@app.command()
+def advise(
+    run: Run,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="The present batch, if not the log's.")
+    ] = None,
+    microbatch: Annotated[
+        int | None, typer.Option(min=1, help="Examples per worker and backward.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Workers that average their gradients.")
+    ] = None,
+) -> None:
+    """Say what the last reading of a run means for its batch size."""
+    from gnsmon.advice import advise as advise_on
+    from gnsmon.sinks import read_log
+
+    log = read_log(run)
+    reading = log.latest()
+    if reading is None:
+        raise ValueError(f"{log.path} has no reading yet, so there is nothing to advise on")
+    words = advise_on(
+        reading,
+        present=batch_size,
+        microbatch=microbatch or log.header.get("microbatch"),
+        world_size=workers or log.header.get("world_size") or 1,
+        optimizer=next(iter(log.header.get("optimizer") or []), None),
+    )
+    Console().print(Text(str(words)))
+
+
+@app.command()
+def check(
+    problem: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FACTORY|digits|text",
+            help="A function that returns (model, loss, batch), loss(model, batch) being a mean "
+            "over the examples; or a model of the demo.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Prove the per-example norms on a model: exit status 1 if any is wrong."""
+    model, loss, batch = _factory(PROBLEMS.get(problem, problem))()
+    from gnsmon.checking import check as prove
+
+    result = prove(model, loss, batch)
+    Console().print(result)
+    raise typer.Exit(0 if result.passed else 1)
+
+
+def _factory(name: str) -> Callable[[], Any]:
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise ValueError(f"expected MODULE:FACTORY, such as my_model:for_check, got {name!r}")
+    sys.path.insert(0, str(Path.cwd()))  # an installed command does not look there by itself
+    factory = getattr(importlib.import_module(module), attribute, None)
+    if not callable(factory):
+        raise ValueError(f"{module}: expected a function {attribute}, got {factory!r}")
+    return factory  # type: ignore[no-any-return]
