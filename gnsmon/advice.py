@@ -82,8 +82,9 @@ class Advice:
     def _size(self, examples: float | None) -> str:
         if examples is None or self.tokens_per_example is None:
             return f"{_number(examples)} examples"
-        tokens = _number(float(examples) * self.tokens_per_example)
-        return f"{_number(examples)} examples ({tokens} tokens)"
+        tokens = examples * self.tokens_per_example
+        exact = isinstance(examples, int) and tokens == int(tokens)
+        return f"{_number(examples)} examples ({_number(int(tokens) if exact else tokens)} tokens)"
 
 
 def advise(

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from gnsmon.collectors.per_example import PerExample, Skipped
 from gnsmon.norms.oracles import per_example_gradients
+from gnsmon.norms.rules import coupling
 
 TOLERANCE = 1e-8  # relative, in float64
 
@@ -114,12 +115,16 @@ def check(model: nn.Module, loss: Callable[[Any, Any], Tensor], batch: Any) -> C
             examples are enough, two at least.
 
     Raises:
-        ValueError: where the loss is not such a mean, or no layer could be measured.
+        ValueError: where the loss is not such a mean, a layer couples the examples, or nothing
+            could be measured.
     """
     model, batch = copy.deepcopy(model).double(), tree_map(_double, batch)
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()
+    for path, module in model.named_modules():
+        if why := coupling(module):
+            raise ValueError(f"{path}: {why}")
     gradients = list(per_example_gradients(model, loss, batch))
     collector = PerExample(model, ["pepgns", "sogns"], strict=True, prove_every=1)
     try:

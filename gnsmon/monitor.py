@@ -299,7 +299,9 @@ class Monitor:
         }
         for pair in pairs.values():
             if reason := obstacle(pair):
-                self._skip(Skipped(reason, f"a step of {norms.examples} example(s): {reason}"))
+                self._skip(
+                    Skipped(reason, f"its {norms.examples} example(s) give no estimate: {reason}")
+                )
                 return
         elapsed = self._elapsed(norms)
         self._last, self._last_step, self._faults = norms, self.step, 0

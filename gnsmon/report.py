@@ -52,7 +52,7 @@ def summarise(log: Log) -> Report:
         _trend(log),
         _gaps(log, reading),
         _groups(log, reading),
-        Section("Advice", tuple(log.advice[-1]["text"].splitlines()) if log.advice else ()),
+        Section("Advice", tuple(log.advice[-1]["text"].split("\n\n")) if log.advice else ()),
     )
     return Report(log.path, reading, tuple(s for s in sections if s.text or s.rows))
 

@@ -31,12 +31,11 @@ def main() -> None:
     )
     print("|---|--:|--:|--:|--:|")
     for layer, rows in sorted(found.items()):
-        # A gradient that is zero but for rounding has no relative error.
         measured = [row for row in rows if row.reason is None]
-        errors = [max(getattr(row, key) or 0 for row in measured) for key in ("error", "sum_error")]
-        print(
-            f"| {layer} | {len(names[layer])} | {len(measured)} | {errors[0]:.0e} | {errors[1]:.0e} |"
+        norms, sums = (
+            max(getattr(r, key) or 0 for r in measured) for key in ("error", "sum_error")
         )
+        print(f"| {layer} | {len(names[layer])} | {len(measured)} | {norms:.0e} | {sums:.0e} |")
     left_out = {row.reason for rows in found.values() for row in rows if row.reason}
     print("\nLeft out:", *(left_out or ["nothing"]), sep="\n- ")
 

@@ -117,7 +117,7 @@ def test_ten_effective_steps_are_needed():
     assert one(8, 2, 0.04, 0, 0.01, n_eff=10).status == "ok"
     r = one(8, 2, 0.04, 0, 0.01, n_eff=9.99)
     assert r.status == "undefined"
-    assert "10 are needed" in r.reason
+    assert r.reason == "9 of 10 measured steps so far"
 
 
 def test_few_steps_widen_the_interval():

@@ -62,7 +62,7 @@ def fieller(mean: Array, variance: Array, *, n_eff: float, level: float = 0.95) 
         level: of the interval; z is Student's quantile at n_eff - 1 degrees of freedom.
     """
     if n_eff < MIN_STEPS:
-        reason = f"{n_eff:.1f} effective steps so far, {MIN_STEPS} are needed"
+        reason = f"{int(n_eff)} of {MIN_STEPS} measured steps so far"
         return [_undefined(reason)] * mean.shape[1]
     z_sq = float(stdtrit(n_eff - 1, (1 + level) / 2)) ** 2
     (s, g), ((v_ss, v_sg), (_, v_gg)) = mean, variance
