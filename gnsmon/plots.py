@@ -41,9 +41,9 @@ MOST = 2000  # points drawn per line; more than the picture has columns
 def plot_run(
     log: Log, path: str | Path, *, loss: Sequence[tuple[int, float]] | None = None
 ) -> Path:
-    """The path of a picture of the run, b_simple in examples against the optimizer step.
+    """The path of a picture of the run: b_simple in examples against the step and the loss.
 
-    The losses are `loss` as (step, value), else those of the log, else their panel is left out.
+    The losses are `loss` as (step, value), else those of the log, else their panels are left out.
     ValueError for a log without readings, ImportError without matplotlib.
     """
     try:
@@ -58,17 +58,28 @@ def plot_run(
     losses = np.array(pairs, dtype=float).reshape(-1, 2)
     losses = losses[np.isfinite(losses).all(axis=1)]
     with rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 6.4 if len(losses) else 5.0), dpi=160, layout="constrained")
-        ratios = [2.6, 1] if len(losses) else [1]
-        axes = figure.subplots(len(ratios), sharex=True, height_ratios=ratios, squeeze=False)[:, 0]
-        notes = _noise(axes[0], log)
+        size = (11.6, 6.4) if len(losses) else (9.6, 5.0)
+        figure = Figure(figsize=size, dpi=140, layout="constrained")
         if len(losses):
-            _loss(axes[1], losses)
-        axes[-1].set_xlabel("optimizer step")
-        axes[-1].xaxis.set_major_locator(MaxNLocator(9, integer=True, steps=[1, 2, 5, 10]))
-        axes[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes[0].yaxis.set_major_formatter(lambda value, _: number(value))
+            panels: list[list[str]] = [["noise", "against"], ["loss", "against"]]
+            shape = {"height_ratios": [2.6, 1], "width_ratios": [2.7, 1]}
+            axes = figure.subplot_mosaic(panels, **shape)
+            axes["loss"].sharex(axes["noise"])
+            axes["noise"].tick_params(labelbottom=False)
+            _loss(axes["loss"], losses)
+            _against_loss(axes["against"], log, losses)
+        else:
+            axes = {"noise": figure.subplots()}
+        notes = _noise(axes["noise"], log)
+        bottom = axes.get("loss", axes["noise"])
+        bottom.set_xlabel("optimizer step")
+        bottom.xaxis.set_major_locator(MaxNLocator(9, integer=True, steps=[1, 2, 5, 10]))
+        bottom.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        for panel in ("noise", "against"):
+            if panel in axes:
+                axes[panel].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axes[panel].yaxis.set_major_formatter(lambda value, _: number(value))
+                axes[panel].tick_params(which="minor", left=False, labelleft=False)
         figure.suptitle(_title(log), x=0.01, ha="left", fontsize=14, color=INK)
         if notes:
             figure.supxlabel(" ".join(notes), fontsize=9, color=FAINT, x=0.01, ha="left")
@@ -128,20 +139,45 @@ def _noise(axes: Axes, log: Log) -> list[str]:
     label = f"batch size ({number(batch[-1])})"
     axes.step(step, batch, where="post", color=BATCH, lw=1.4, ls=(0, (5, 3)), label=label)
     axes.set_ylabel("gradient noise scale (examples)")
-    axes.tick_params(which="minor", left=False, labelleft=False)
     axes.legend(loc="lower left", bbox_to_anchor=(-0.015, 1.0), ncols=6, columnspacing=1.6)
     return notes
 
 
 def _loss(axes: Axes, losses: Array) -> None:
-    step, value = losses[np.argsort(losses[:, 0], kind="stable")].T
-    width = max(1, len(value) // 50)
-    axes.plot(_thin(step), _thin(value), color=LOSS, lw=0.8, alpha=0.35)
-    smooth = np.convolve(value, np.ones(width) / width, mode="valid")
+    width, smooth = _smooth(losses)
+    axes.plot(*_thin(losses).T, color=LOSS, lw=0.8, alpha=0.35)
     label = f"mean of {width} losses" if width > 1 else "loss"
-    axes.plot(_thin(step[width - 1 :]), _thin(smooth), color=LOSS, lw=1.8, label=label)
+    axes.plot(*_thin(smooth).T, color=LOSS, lw=1.8, label=label)
     axes.set_ylabel("training loss")
     axes.legend(loc="upper right")
+
+
+def _against_loss(axes: Axes, log: Log, losses: Array) -> None:
+    """b_simple with its interval against the smoothed loss, which falls to the right."""
+    records = [r for r in log.of() if r["b_simple"] is not None and r["status"] in ("ok", "wide")]
+    axes.set_xlabel("training loss, smoothed")
+    axes.set_yscale("log")
+    axes.invert_xaxis()
+    if not records:
+        return
+    step, value, low, high = (
+        np.array([r[k] for r in records], dtype=float) for k in ("step", "b_simple", "low", "high")
+    )
+    _, smooth = _smooth(losses)
+    loss = np.interp(step, *smooth.T)
+    shown = np.unique(np.linspace(0, len(step) - 1, 30).astype(int))
+    axes.vlines(loss[shown], low[shown], high[shown], color=MAIN, alpha=0.25, lw=2)
+    axes.plot(loss, value, color=MAIN, lw=0.8, alpha=0.5)
+    axes.plot(loss[shown], value[shown], ".", color=MAIN)
+    axes.set_ylim(*_limits([value[value > 0]], low, high))
+
+
+def _smooth(losses: Array) -> tuple[int, Array]:
+    """Number of losses averaged over, and (step, mean) with the step of the last of each."""
+    step, value = losses[np.argsort(losses[:, 0], kind="stable")].T
+    width = max(1, len(value) // 50)
+    mean = np.convolve(value, np.ones(width) / width, mode="valid")
+    return width, np.stack([step[width - 1 :], mean], axis=1)
 
 
 def _limits(lines: list[Array], low: Array, high: Array) -> tuple[float, float]:
