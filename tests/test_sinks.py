@@ -482,6 +482,7 @@ def test_tensorboard_scalars_margin_and_text(tmp_path):
         sink(at(step))
         sink(at(step, replace(OK, method="sogns", b_simple=500.0)))
     sink(at(20, UNDEFINED))
+    sink(at(30, BOUND))
     sink.loss(20, 1.5)
     sink.loss(21, math.nan)
     sink.advise("use 256\nnow", 256)
@@ -495,13 +496,16 @@ def test_tensorboard_scalars_margin_and_text(tmp_path):
     assert not {"gns/overhead", "gns/layer/head/b_simple"} & tags
     assert [e.value for e in read.Scalars("gns/sogns/b_simple")] == [500.0, 500.0]
     assert steps(tmp_path, "gns/b_simple") == [0, 10]
-    assert steps(tmp_path, "gns/tr_sigma") == [0, 10, 20]
+    assert steps(tmp_path, "gns/tr_sigma") == [0, 10, 20, 30]
+    assert steps(tmp_path, "gns/b_simple_low") == [0, 10, 30]
     assert steps(tmp_path, "train/loss") == [20]
     (text,) = read.Tensors("gns/advice/text_summary")
     assert text.tensor_proto.string_val[0] == b"use 256  \nnow"
-    assert text.step == 20
+    assert text.step == 30
     (layout,) = read.Tensors("custom_scalars__config__")
-    assert b"gns/b_simple_high" in layout.tensor_proto.string_val[0]
+    for tag in ("b_simple", "low", "high"):  # of equal steps, or TensorBoard draws no chart
+        assert f"gns/margin/{tag}".encode() in layout.tensor_proto.string_val[0]
+        assert steps(tmp_path, f"gns/margin/{tag}") == [0, 10]
     assert all(p.name.endswith(".gnsmon") for p in tmp_path.iterdir())
 
 

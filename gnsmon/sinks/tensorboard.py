@@ -12,7 +12,9 @@ from gnsmon.sinks.keys import prefix, scalars
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-MARGIN = ["Margin", ["gns/b_simple", "gns/b_simple_low", "gns/b_simple_high"]]
+# A margin chart refuses lines of unequal steps, and a lower bound has no other end: so the chart's
+# own lines are written only where all three values exist.
+MARGIN = ["gns/margin/b_simple", "gns/margin/low", "gns/margin/high"]
 SUFFIX = ".gnsmon"  # ends the name of the event files that are ours
 
 
@@ -52,7 +54,7 @@ class TensorBoard:
                 str(self._folder), purge_step=purge, filename_suffix=SUFFIX, flush_secs=10
             )
         if fresh:  # a second call would add a second chart
-            self._open().add_custom_scalars({"gns": {"noise scale": MARGIN}})
+            self._open().add_custom_scalars({"gns": {"noise scale": ["Margin", MARGIN]}})
 
     def __call__(self, reading: Reading) -> None:
         """Write every number that the reading has; a value that does not exist is not written."""
@@ -60,6 +62,10 @@ class TensorBoard:
         writer = self._open()
         for key, value in scalars(reading, prefix(reading.method, self._primary)).items():
             writer.add_scalar(key, value, reading.step)
+        ends = reading.b_simple, reading.low, reading.high
+        if reading.method == self._primary and None not in ends:
+            for key, value in zip(MARGIN, ends, strict=True):
+                writer.add_scalar(key, value, reading.step)
 
     def loss(self, step: int, value: float) -> None:
         """Write a training loss as train/loss, unless it is not a number."""
