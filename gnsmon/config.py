@@ -17,7 +17,9 @@ else:
     import tomli as tomllib
 
 Method = Literal["pepgns", "sogns"]
-HALF_LIFE = re.compile(r"\s*([0-9][0-9_.,]*(?:e[+-]?\d+)?)\s*([kMG]?)\s*(steps|examples|tokens)\s*")
+HALF_LIFE = re.compile(
+    r"\s*(\d+(?:[,_]\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?)\s*([kMG]?)\s*(steps|examples|tokens)\s*"
+)
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -48,8 +50,6 @@ class MonitorConfig(BaseModel):
     """Folder of gns.jsonl and of sinks without a path; runs/gnsmon-<time> unless named."""
     batch_dim: int = Field(0, ge=0, le=1)
     """Axis of the examples in the input and output of every layer."""
-    prove_every: int = Field(100, ge=1)
-    """Measured steps from one proof of the layers' rules against `.grad` to the next."""
     strict: bool = False
     """Raise what goes wrong instead of leaving the measurement out and saying so."""
 
@@ -61,7 +61,8 @@ class MonitorConfig(BaseModel):
     @field_validator("sinks", mode="before")
     @classmethod
     def _sinks(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) or callable(value) else list(value)
+        one = isinstance(value, str) or callable(value)
+        return [] if value is None else [value] if one else list(value)
 
     @field_validator("half_life")
     @classmethod
@@ -89,14 +90,14 @@ def parse_half_life(text: str) -> tuple[float, str]:
     match = HALF_LIFE.fullmatch(text)
     if match is None:
         raise ValueError(
-            f'half_life: expected a number and a unit such as "500 steps", "1e6 examples" or '
+            'expected a number and a unit such as "500 steps", "1e6 examples" or '
             f'"20M tokens"; got {text!r}'
         )
     number, factor, unit = match.groups()
     scale = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[factor]
     amount = float(number.replace(",", "").replace("_", "")) * scale
     if amount <= 0:
-        raise ValueError(f"half_life: expected a positive amount, got {text!r}")
+        raise ValueError(f"expected a positive amount, got {text!r}")
     return amount, unit
 
 
@@ -125,4 +126,5 @@ def _problem(kind: type[BaseModel], error: Any) -> str:
         known = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(kind.model_fields)}"
         return f"unknown setting {key!r}; {known}"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}, got {error['input']!r}" if key else message
+    got = "" if "got" in message else f", got {error['input']!r}"
+    return f"{key}: {message}{got}" if key else message

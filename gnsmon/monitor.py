@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
@@ -24,7 +25,7 @@ from torch.optim import Optimizer
 
 from gnsmon.advice import Advice, advise
 from gnsmon.collectors.groups import group_of
-from gnsmon.collectors.per_example import PerExample, Skipped, StepNorms
+from gnsmon.collectors.per_example import UNUSED, PerExample, Skipped, StepNorms
 from gnsmon.config import MonitorConfig, load, parse_half_life
 from gnsmon.estimators import Estimator, GroupReading, NormPair, Raw, Reading, obstacle
 from gnsmon.estimators.values import SCHEMA, Array
@@ -59,7 +60,7 @@ class Coverage:
 
 def attach(
     model: nn.Module,
-    optimizer: Optimizer | list[Optimizer] | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     *,
     scaler: Scaler | None = None,
     weights: Callable[..., Tensor] | None = None,
@@ -72,7 +73,7 @@ def attach(
 
     Args:
         model: what the training loop calls.
-        optimizer: whose steps end a measurement; several in a list; without any, call `commit`
+        optimizer: whose steps end a measurement; several in a sequence; without any, call `commit`
             after each step.
         scaler: the GradScaler in use, so that |G|² and S are those of the loss itself.
         weights: for losses that weigh examples unequally (a mean over tokens of sequences of
@@ -106,7 +107,7 @@ class Monitor:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer | list[Optimizer] | None,
+        optimizer: Optimizer | Sequence[Optimizer] | None,
         config: MonitorConfig,
         *,
         scaler: Scaler | None = None,
@@ -122,16 +123,21 @@ class Monitor:
         model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
         self.config, self.model = config, model
         self._scaler = scaler
-        optimizers = optimizer if isinstance(optimizer, list) else [optimizer]
+        optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
         # Wrappers such as Accelerate's hide the optimizer whose hooks fire.
         self._optimizers = [getattr(o, "optimizer", o) for o in optimizers if o is not None]
+        for o in self._optimizers:
+            if not isinstance(o, Optimizer):
+                raise ValueError(
+                    f"optimizer: expected a torch.optim.Optimizer or several, got {o!r}; without "
+                    "one call commit() after each step"
+                )
         self._collector = PerExample(
             model,
             config.method,
             batch_dim=config.batch_dim,
             weigh=weights,
             strict=config.strict,
-            prove_every=config.prove_every,
         )
         self._groups, self._index = _index(self._collector.names, group_of(model, config.groups))
         memory, self._unit = {"decay": config.decay, "window": config.window}, "steps"
@@ -154,6 +160,7 @@ class Monitor:
         self._last_step: int | None = None
         self._first_step = 0
         self._faults = 0
+        self._told: set[str] = set()  # parameters whose absence was warned of
         self._off = self._closed = False
         self._clock = _Clock(config.every)
         self.run_dir = _run_dir(config)
@@ -180,7 +187,7 @@ class Monitor:
 
     def weigh(self, weights: Tensor) -> None:
         """Weigh the examples of the batch whose backward comes next; see `attach`."""
-        self._collector.taps.weights = weights
+        self._collector.taps.weights = torch.as_tensor(weights)
 
     def log_loss(self, value: float, step: int | None = None) -> None:
         """Record the training loss beside the readings, of the last step unless `step` is given."""
@@ -304,10 +311,12 @@ class Monitor:
                 )
                 return
         elapsed = self._elapsed(norms)
-        self._last, self._last_step, self._faults = norms, self.step, 0
+        self._last, self._last_step = norms, self.step
         for method, pair in pairs.items():
             self.readings[method] = self._read(method, pair, elapsed)
+        self._faults = 0
         self._start()
+        self._tell_missing(norms.missing)
         for reading in self.readings.values():
             self._sinks(reading)
 
@@ -329,10 +338,10 @@ class Monitor:
                 ),
             )
             for i, (group, ratio) in enumerate(zip(self._groups, estimator.ratios(), strict=True))
-            if tr_sigma[i] or grad_sq_norm[i]
+            if group == TOTAL or tr_sigma[i] or grad_sq_norm[i]
         }
-        total = groups.pop(TOTAL, None)
-        assert self._last is not None and total is not None
+        assert self._last is not None
+        total = groups.pop(TOTAL)
         reading = Reading(
             step=self.step,
             examples=pair.examples,
@@ -388,9 +397,27 @@ class Monitor:
         self._faults = self._faults + 1 if skipped.reason == "fault" else 0
         self._off = self._faults >= PATIENCE
         if self._off:
-            _warn(f"switched off after {PATIENCE} faults in a row, the last: {skipped.detail}")
+            self._warn(f"switched off after {PATIENCE} faults in a row, the last: {skipped.detail}")
         elif self.skipped[skipped.reason] == 1 and skipped.reason != "nonfinite":
-            _warn(f"step {self.step} is not measured: {skipped.detail}")
+            self._warn(f"step {self.step} is not measured: {skipped.detail}")
+
+    def _tell_missing(self, missing: Mapping[str, str]) -> None:
+        """Warn of parameters that are left out, once of each."""
+        new = {n: why for n, why in missing.items() if n not in self._told and why != UNUSED}
+        self._told |= new.keys()
+        if new:
+            left_out = "".join(f"\n  {name}: {why}" for name, why in new.items())
+            share = self.coverage().fraction
+            self._warn(f"{share:.1%} of the trainable parameters are measured; left out:{left_out}")
+
+    def _warn(self, text: str) -> None:
+        """Warn; where warnings are errors, log instead unless strict, for training must go on."""
+        try:
+            warnings.warn(f"gnsmon: {text}", RuntimeWarning, stacklevel=3)
+        except RuntimeWarning:
+            if self.config.strict:
+                raise
+            logging.getLogger("gnsmon").warning(text)
 
     def _start(self) -> None:
         """Announce the run to the sinks, once what is covered is known."""
@@ -400,9 +427,6 @@ class Monitor:
         self._sinks.start(self._header(), step=self._first_step)
         for step, value in self._losses:
             self._sinks.loss(step, value)
-        coverage = self.coverage()
-        if coverage.missing:
-            _warn(f"the noise scale is that of {coverage}")
 
     def _header(self) -> dict[str, Any]:
         coverage, last = self.coverage(), self._last
@@ -473,7 +497,3 @@ def _run_dir(config: MonitorConfig) -> Path:
     return next(
         p for i in count() if not (p := Path("runs") / f"{name}{f'-{i}' * (i > 0)}").exists()
     )
-
-
-def _warn(text: str) -> None:
-    warnings.warn(f"gnsmon: {text}", RuntimeWarning, stacklevel=2)

@@ -392,10 +392,19 @@ def test_a_lost_batch_axis_is_left_out_and_named():
     assert_left_out(model, optimizer, batch, {"wpe.weight"}, r"wpe: output has shape \[5, 8\]")
 
 
-def test_a_batch_axis_that_may_be_positions_is_left_out_and_named():
+def test_as_many_examples_as_positions_are_told_apart_by_another_batch():
     model, optimizer, (ids, targets) = make(Positions)
-    batch = ids[:T], targets[:T]
-    assert_left_out(model, optimizer, batch, {"wpe.weight"}, "examples or positions")
+    square, other = (ids[:T], targets[:T]), (ids[:3], targets[:3])
+    with watch(model, optimizer) as gns:
+        with pytest.warns(RuntimeWarning, match="which are the examples"):
+            plain(model, optimizer, square)
+        assert gns.skipped == {"nothing measured": 1}
+        with pytest.warns(RuntimeWarning, match="wpe: output has shape"):
+            plain(model, optimizer, other)
+        plain(model, optimizer, square)
+        assert set(gns.coverage().missing) == {"wpe.weight"}
+        expected = partial(model, square, {"wpe.weight"})
+        assert gns.reading.raw.parts_sq_norm == pytest.approx(expected, rel=1e-9)
 
 
 class Functional(Tiny):
@@ -487,13 +496,26 @@ def test_rows_of_batch_times_positions_are_regrouped():
         assert_right(gns, model, batch)
 
 
+class FlattenedByPosition(Tiny):
+    def body(self, x):
+        rows = x.transpose(0, 1).reshape(-1, x.shape[2])
+        return super().body(rows).unflatten(0, (T, len(x))).transpose(0, 1)
+
+
+def test_rows_of_positions_times_batch_are_regrouped():
+    model, optimizer, batch = make(FlattenedByPosition)
+    with watch(model, optimizer) as gns:
+        plain(model, optimizer, batch)
+        assert_right(gns, model, batch)
+
+
 class Odd(Tiny):
-    """Merges the batch with an axis whose size is seen nowhere else."""
+    """Merges batch and positions in an order that cannot be seen."""
 
     def body(self, x):
-        batch = len(x)
-        x = torch.cat([x, x[:, :2]], 1).reshape(batch * (T + 2), -1)
-        return super().body(x).view(batch, T + 2, -1)[:, :T]
+        order = torch.randperm(len(x) * T, generator=torch.Generator().manual_seed(0))
+        rows = super().body(x.flatten(0, 1)[order])
+        return rows[order.argsort()].unflatten(0, (len(x), T))
 
 
 def test_rows_that_cannot_be_told_apart_are_left_out_and_named():
@@ -535,16 +557,46 @@ def test_gradients_that_were_not_cleared_are_noticed():
     model, optimizer, batch = make()
     with watch(model, optimizer) as gns:
         plain(model, optimizer, batch)
-        with pytest.warns(RuntimeWarning, match="call optimizer.zero_grad"):
+        with pytest.warns(RuntimeWarning, match="not cleared since an earlier step"):
             loss_of(model, batch).backward()
             optimizer.step()
-        assert gns.skipped == {"gradients not cleared": 1}
+        assert gns.skipped == {"nothing measured": 1}
+
+
+def test_gradients_that_nobody_clears_are_left_out_and_named():
+    """Of an optimizer over a part of the model, as when a backbone was not frozen."""
+    model, _, batch = make()
+    optimizer = torch.optim.SGD(model.down.parameters(), lr=0.0)
+    with pytest.warns(RuntimeWarning, match="not cleared") as warned:
+        gns = watch(model, optimizer)
+        for _ in range(3):
+            plain(model, optimizer, batch)
+        gns.close()
+    assert len(warned) == 1
+    assert set(gns.coverage().covered) == {"down.weight", "down.bias"}
+
+
+def test_a_hook_that_changes_a_gradient_is_noticed_when_it_begins():
+    model, optimizer, batch = make()
+    with watch(model, optimizer) as gns:
+        plain(model, optimizer, batch)
+        assert_right(gns, model, batch)
+        handle = model.up.weight.register_hook(lambda g: g.clamp(-0.01, 0.01))
+        with pytest.warns(RuntimeWarning, match="changed by a hook"):
+            plain(model, optimizer, batch)
+        assert set(gns.coverage().missing) == {"up.weight"}
+        handle.remove()
+        plain(model, optimizer, batch)
+        assert_right(gns, model, batch)
 
 
 def test_several_forwards_in_one_backward_are_noticed():
     model, optimizer, batch = make()
     first, second = split(batch, [3, 3])
-    with watch(model, optimizer) as gns, pytest.warns(RuntimeWarning, match="saw 6 examples"):
+    with (
+        watch(model, optimizer) as gns,
+        pytest.warns(RuntimeWarning, match="several forward passes share one backward"),
+    ):
         (loss_of(model, first) + loss_of(model, second)).backward()
         optimizer.step()
     assert gns.skipped == {"several passes": 1}

@@ -4,18 +4,22 @@ import cases
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 import gnsmon
 from gnsmon.collectors.per_example import PerExample, Skipped
 
 
-def collect(model, loss, batch, steps=1, **options):
-    """The norms of the last of `steps` steps."""
-    collector = PerExample(model, ["pepgns", "sogns"], strict=True, prove_every=1, **options)
-    for _ in range(steps):
+def collect(model, loss, batch, before=False, **options):
+    """The norms of a step; `before` it there is another, on the batch less an example.
+
+    That one finds layers that are called twice, and shows which axis is the batch's.
+    """
+    collector = PerExample(model, ["pepgns", "sogns"], strict=True, **options)
+    for part in [tree_map(lambda t: t[:-1], batch), batch] if before else [batch]:
         model.zero_grad()
         collector.arm(True)
-        loss(model, batch).backward()
+        loss(model, part).backward()
         norms = collector.close()
     collector.remove()
     return collector, norms
@@ -39,7 +43,7 @@ def assert_equal(model, case, batch, norms, collector):
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.name)
 def test_every_case_through_taps(case):
     model, batch = case.make()
-    collector, norms = collect(model, case.loss, batch, steps=2)  # the first finds reused layers
+    collector, norms = collect(model, case.loss, batch, before=True)
     assert_equal(model, case, batch, norms, collector)
 
 
@@ -47,7 +51,7 @@ def test_every_case_through_taps(case):
 def test_sogns_is_exact_where_it_approximates_nothing(case):
     """For all but the products of activations and output gradients over several positions."""
     model, batch = case.make()
-    collector, norms = collect(model, case.loss, batch, steps=2)
+    collector, norms = collect(model, case.loss, batch, before=True)
     for i, name in enumerate(collector.names):
         exact, sogns = norms.parts_sq_norm["pepgns"][i], norms.parts_sq_norm["sogns"][i]
         assert sogns >= 0
@@ -72,7 +76,7 @@ def parts_only(model, batch):
 def test_layers_may_be_called_without_their_model():
     model, batch = Trunk().double(), torch.randn(cases.B, 3, dtype=torch.float64)
     case = cases.Case("trunk", lambda: (model, batch), parts_only)
-    collector, norms = collect(model, parts_only, batch, steps=3)
+    collector, norms = collect(model, parts_only, batch, before=True)
     assert_equal(model, case, batch, norms, collector)
 
 

@@ -37,7 +37,13 @@ def group_of(model: nn.Module, groups: Groups) -> dict[str, str]:
             n: next((g for p, g in groups.items() if fnmatchcase(n, p)), "other") for n in names
         }
     if callable(groups):
-        return {name: groups(name) for name in names}
+        found = {name: groups(name) for name in names}
+        for name, group in found.items():
+            if not isinstance(group, str) or not group:
+                raise ValueError(
+                    f"groups: expected the function to name a group for {name!r}, got {group!r}"
+                )
+        return found
     if groups == "total":
         return {}
     if groups not in ("layer", "kind"):

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from gnsmon.estimators.values import Array
 from gnsmon.norms.forms import Form
-from gnsmon.norms.rules import coupling
 from gnsmon.norms.taps import ABSENT, LayerTap, SqNorms, Taps
 
 METHODS: dict[str, SqNorms] = {
@@ -24,7 +23,6 @@ METHODS: dict[str, SqNorms] = {
 }
 # How far the sum over examples may be from `.grad`, relative, before a parameter is left out.
 TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
-CURED_BY_CLEARING = ("gradients not cleared", "gradients changed")
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,19 @@ class Skipped:
 class _Pass:
     """One forward and backward: a microbatch."""
 
+    serial: int | None  # of the forward; None where it was compiled
     batch: int
     tokens: int | None
     weights: Tensor | None
     uses: list[dict[str, Form]] = field(default_factory=list)  # of shared parameters
+
+
+UNUSED = "no gradient in this step"
+SEVERAL = Skipped(
+    "several passes",
+    "several forward passes share one backward, or several backwards one forward, so it is not "
+    "known which of their examples are the same; call backward once after each forward",
+)
 
 
 class PerExample:
@@ -70,12 +77,11 @@ class PerExample:
     `.grad`; the last backward before the step wins, so accumulated gradients are read whole.
     Nothing is copied to the host before `close`.
 
-    Args:
-        model: see `Taps`, as for `batch_dim`, `weigh` and `strict`.
-        methods: any of `METHODS`.
-        prove_every: measured steps from one proof of the rules to the next: the sum over examples,
-            along a random direction, must be that of `.grad`. It catches what no rule can see: a
-            weight used by a function call, a penalty on the weights, gradients never cleared.
+    Every measurement proves itself: along a random direction, the sum over examples of each
+    parameter's gradients must be that of `.grad`. It shows what no rule can see: a weight used by a
+    function call, a penalty on the weights, gradients that were clamped or never cleared.
+
+    Args: see `Taps`; `methods` are any of `METHODS`.
     """
 
     def __init__(
@@ -86,33 +92,23 @@ class PerExample:
         batch_dim: int = 0,
         weigh: Callable[..., Tensor] | None = None,
         strict: bool = False,
-        prove_every: int = 100,
     ):
-        self.model, self.prove_every, self.strict = model, prove_every, strict
+        self.model, self.strict = model, strict
         chosen = {name: METHODS[name] for name in methods}
         self.taps = Taps(model, chosen, batch_dim=batch_dim, weigh=weigh, strict=strict)
+        self.taps.ready(self._fired)
         self.names = [name for name, _ in model.named_parameters()]
-        self.discarded = 0  # microbatches that zero_grad threw away, since the beginning
+        self.gaps: dict[str, float] = {}  # parameter -> relative error at the last measurement
         self._taps_of: dict[str, list[LayerTap]] = {name: [] for name in self.names}
         for tap in self.taps.layers:
             for _, name in tap.pairs():
                 self._taps_of[name].append(tap)
-        self.gaps: dict[str, float] = {}  # parameter -> relative error at its last proof
-        self._disproved: dict[str, str] = {}
-        self._measured = 0
-        self._generator = torch.Generator().manual_seed(0)  # training's stream stays untouched
-        norms = nn.modules.batchnorm._BatchNorm
-        self._batch_norms = [(n, m) for n, m in model.named_modules() if isinstance(m, norms)]
         self._sentinel = _Sentinel(model)
-        self._sentinel.remember()
         self._clear()
 
     def arm(self, measure: bool) -> None:
         """Measure the next step, or let it pass; takes effect at the next forward of the model."""
         self.taps.want(measure)
-        if measure:
-            proving = self._measured % self.prove_every == 0
-            self.taps.ready(self._fired, self._generator if proving else None)
 
     def close(self) -> StepNorms | Skipped | None:
         """The step's norms, read after its optimizer step; None when it was not to be measured."""
@@ -121,7 +117,6 @@ class PerExample:
                 return self._close() if self.taps.wanted else None
         finally:
             self._clear()
-            self._sentinel.remember()
 
     @property
     def pending(self) -> bool:
@@ -140,6 +135,7 @@ class PerExample:
         self._big: dict[str, Tensor] = {}
         self._along: dict[str, Tensor] = {}
         self._fault: Skipped | None = None
+        self._sentinel.forget()
         self._task = self._ended = -1
         self._tasks: set[int] = set()
         self._forwards = 0
@@ -161,11 +157,14 @@ class PerExample:
             self._fault = Skipped("backward failed", "a backward pass ended in an exception")
         self._task, self._forwards = task, self.taps.forwards
         self._tasks.add(task)
-        if self._passes and self._sentinel.was_zeroed():
+        if self._sentinel.was_zeroed():
             self._discard()
         # A queued callback may run before those of DDP; one that it queues runs after them.
         queue = torch.autograd.Variable._execution_engine.queue_callback
-        queue(lambda: queue(self._backward_ended))
+        try:
+            queue(lambda: queue(self._backward_ended))
+        except (AssertionError, RuntimeError) as error:  # compiled autograd has no such queue
+            self._fault = Skipped("fault", f"the end of backward cannot be seen: {error}")
 
     def _backward_ended(self) -> None:
         try:
@@ -183,55 +182,52 @@ class PerExample:
         belongs to the same microbatch, and the last reading of `.grad` wins.
         """
         self._ended, taps = self._task, self.taps
-        for path, module in self._batch_norms:
-            if why := coupling(module):
-                self._fault = Skipped("coupled examples", f"{path}: {why}")
-        if taps.forwards or not self._passes or not taps.rooted:
-            self._notice_clearing()
-            self._settle()
-            assert taps.batch is not None
-            self._passes.append(_Pass(taps.batch, taps.tokens, taps.weights))
-            taps.end_pass()
+        if self._sentinel.was_replaced():
+            self._discard()
+        # torch.autograd.grad runs taps too, but what it brings reaches neither probe nor .grad.
+        fired = {(serial, batch) for task, serial, batch in taps.fired if task in self._tasks}
+        if len(fired) > 1:
+            self._fault = self._fault or SEVERAL
+        self._enter_pass(*min(fired, default=(None, taps.batch)))
         for tap in taps.layers:
             if tap.probe.grad is not None:
                 self._layers[tap] = self._layers.get(tap, 0) + tap.probe.grad
                 tap.probe.grad = None
-        # torch.autograd.grad runs taps too, but what it brings reaches neither probe nor .grad.
         self._passes[-1].uses.extend(use for task, use in taps.deferred if task in self._tasks)
         taps.deferred.clear()
+        taps.fired.clear()
+        self._big, self._along = {}, {}
         for name, p in self.model.named_parameters():
             if p.grad is not None and p.requires_grad:
                 gradient = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
                 self._big[name] = _square_sum(gradient)
-                if taps.directions is not None and name in taps.directions:
+                if name in taps.directions:
                     self._along[name] = _along(p.grad, taps.directions[name])
         self._sentinel.remember()
 
-    def _notice_clearing(self) -> None:
-        change = self._sentinel.change()
-        if change == "replaced" and self._passes:
-            self._discard()
-        elif change == "added" and not self._passes:
+    def _enter_pass(self, serial: int | None, batch: int | None) -> None:
+        """Begin a microbatch, unless this backward is a part of the last one's."""
+        taps = self.taps
+        if self._passes:
+            last = self._passes[-1].serial
+            if serial == last if serial is not None else not taps.forwards:
+                return
+        self._settle()
+        assert batch is not None
+        later = serial not in (None, taps.serial)  # another forward, without backward, came since
+        if later and taps.weigh is not None:
             self._fault = Skipped(
-                "gradients not cleared",
-                ".grad still held the last step's gradient when this step's was added to it; "
-                "call optimizer.zero_grad() between steps",
+                "weights", "the last forward, whose weights are known, is another"
             )
-        elif change == "changed" and self._passes:
-            self._fault = Skipped(
-                "gradients changed",
-                ".grad was changed between two backward passes of one step, so it is no longer "
-                "the sum over the step's examples",
-            )
+        tokens = None if later else taps.tokens
+        self._passes.append(_Pass(serial, batch, tokens, taps.weights))
+        taps.end_pass()
 
     def _discard(self) -> None:
         """The gradients of the microbatches so far were thrown away: begin again."""
-        self.discarded += len(self._passes)
         self._passes.clear()
         self._layers.clear()
         self._shared.clear()
-        if self._fault is not None and self._fault.reason in CURED_BY_CLEARING:
-            self._fault = None
 
     def _settle(self) -> None:
         """Join the uses of each shared parameter in the last microbatch."""
@@ -239,44 +235,59 @@ class PerExample:
         for name in sorted({name for use in uses for name in use}):
             form = reduce(add, (use[name] for use in uses if name in use))
             pieces = [norms(form).sum().reshape(1) for norms in self.taps.methods.values()]
-            if self.taps.directions is not None:
-                pieces.append(form.sum_along(self.taps.directions[name]))
+            pieces.append(form.sum_along(self.taps.directions[name]))
             joined = torch.cat([piece.to(_wide(piece)) for piece in pieces])
             self._shared[name] = self._shared.get(name, 0) + joined
         uses.clear()
 
     def _close(self) -> StepNorms | Skipped:
+        taps = self.taps
+        if taps.fault is not None:
+            return Skipped("fault", taps.fault)
+        if taps.coupled is not None:
+            return Skipped("coupled examples", taps.coupled)
         if self._fault is not None:
             return self._fault
         if not self._passes:
             return self._nothing_fired()
         self._settle()
-        self._measured += 1
         layers, shared, big, along, weights = _to_host(
             self._layers, self._shared, self._big, self._along, self._weight_sums()
         )
-        examples = sum(p.batch for p in self._passes)
-        for tap, vector in layers.items():
-            if vector[0] > examples and not tap.shared:
-                return Skipped(
-                    "several passes",
-                    f"{tap.path} saw {vector[0]:.0f} examples, the last forwards {examples}: call "
-                    "backward once after each forward, or examples cannot be told apart",
+        if not np.isfinite(sum(a[0] for a in big.values())):
+            return Skipped("nonfinite", "the gradient has infinite or undefined values")
+        batches = [p.batch for p in self._passes]
+        counts = {tap: int(vector[0]) for tap, vector in layers.items() if not tap.shared}
+        if counts and min(counts.values()) > sum(batches):
+            return SEVERAL
+        possible = _subset_sums(batches)
+        for tap, count in counts.items():
+            if count not in possible:
+                tap.reason = tap.reason or (
+                    f"{tap.path}: it saw {count} examples of {sum(batches)}; it is called several "
+                    "times in one forward, or its batch is not the model's"
                 )
         parts, proofs = self._by_parameter(layers, shared)
-        if along:
-            self._disproved = self._disprove(proofs, along, big)
-        return self._norms(parts, {name: a[0] for name, a in big.items()}, examples, weights)
+        return self._norms(
+            parts,
+            {name: a[0] for name, a in big.items()},
+            self._disprove(proofs, along, big),
+            sum(batches),
+            weights,
+        )
 
     def _norms(
         self,
         parts: dict[str, Array],  # [n_methods] each
         big: dict[str, float],
+        disproved: dict[str, str],
         examples: int,
         weights: dict[str, Array],
     ) -> StepNorms | Skipped:
         trainable = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        missing = {name: why for name in trainable if (why := self._why(name, parts, big))}
+        missing = {
+            name: why for name in trainable if (why := self._why(name, parts, big, disproved))
+        }
         measured = [name for name in trainable if name not in missing]
         if not measured:
             why = next(iter(missing.values()), "no parameter is trainable")
@@ -288,8 +299,8 @@ class PerExample:
             big_sq_norm[column[name]] = big[name]
             parts_sq_norm[:, column[name]] = parts[name]
         whole = sum(big.values())
-        if not (np.isfinite(whole) and np.isfinite(parts_sq_norm).all()):
-            return Skipped("nonfinite", "the gradient has infinite or undefined values")
+        if not np.isfinite(parts_sq_norm).all():
+            return Skipped("nonfinite", "an example's gradient has infinite or undefined values")
         sum_sq_weights, tokens = 1 / examples, _total([p.tokens for p in self._passes])
         if weights:
             total, squares, integral = weights["sums"]
@@ -308,8 +319,9 @@ class PerExample:
         )
 
     def _nothing_fired(self) -> Skipped:
-        if not self.taps.layers:
-            return Skipped("nothing measured", next(iter(self.taps.untapped.values()), "no layer"))
+        known = [*(tap.reason for tap in self.taps.layers), *self.taps.untapped.values()]
+        if reasons := [why for why in known if why]:
+            return Skipped("nothing measured", reasons[0])
         return Skipped(
             "no tap fired",
             "a step was taken, but no layer reported a gradient. Was the model compiled and called "
@@ -356,77 +368,89 @@ class PerExample:
     ) -> dict[str, str]:
         """Parameters whose examples' gradients do not add up to `.grad`, with what was found."""
         whole = sum(float(a[0]) for a in big.values()) ** 0.5
-        found = {}
+        self.gaps, found = {}, {}
         for name in proofs.keys() & along.keys():
             gap, of = (_length(v) for v in (proofs[name] - along[name], along[name]))
             # A gradient that is zero but for rounding (a key's bias in attention) proves nothing.
             of = max(of, 1e-2 * whole)
             self.gaps[name] = gap / of if of else 0.0
             half = any(tap.half for tap in self._taps_of[name])
-            if self.gaps[name] > (HALF_TOLERANCE if half else TOLERANCE):
+            if not self.gaps[name] <= (HALF_TOLERANCE if half else TOLERANCE):
                 found[name] = (
                     f"the gradients of the examples do not add up to .grad (off by "
                     f"{self.gaps[name]:.1%}): the parameter is also used outside its layer's "
-                    "forward, penalised in the loss, or its rule is wrong"
+                    "forward, penalised in the loss, changed by a hook, not cleared since an "
+                    "earlier step, rounded to half precision, or its rule is wrong"
                 )
         return found
 
-    def _why(self, name: str, parts: Mapping[str, Array], big: Mapping[str, float]) -> str | None:
+    def _why(
+        self,
+        name: str,
+        parts: Mapping[str, Array],
+        big: Mapping[str, float],
+        disproved: Mapping[str, str],
+    ) -> str | None:
         """Why a trainable parameter is not in this step's norms."""
+        if name not in self._taps_of:
+            return "it was added to the model after attach"
         if name in self.taps.untapped:
             return self.taps.untapped[name]
         for tap in self._taps_of[name]:
             if tap.reason:
                 return tap.reason
         if name not in big:
-            return "no gradient in this step"
+            return UNUSED
         if name not in parts:
             path = self._taps_of[name][0].path
-            return f"{path}: its forward was not called, though its parameters have a gradient"
-        if parts[name][0] <= ABSENT:
+            return (
+                f"{path}: its parameters have a gradient, but its forward was not called, or only "
+                "under a transform such as vmap"
+            )
+        if parts[name][0] == ABSENT:
             return f"the rule of {self._taps_of[name][0].path} gives it no gradient"
-        return self._disproved.get(name)
+        return disproved.get(name)
 
 
 class _Sentinel:
-    """Watches one small `.grad` to tell what was done to all between two backward passes."""
+    """Watches one small `.grad` to tell whether all were thrown away between two backwards."""
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._parameter: nn.Parameter | None = None
-        self._seen: tuple[Tensor, int] | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Watch nothing."""
+        self._seen: tuple[nn.Parameter, Tensor, int] | None = None
 
     def remember(self) -> None:
-        """Take note of the gradient as it is now."""
-        if self._parameter is None or self._parameter.grad is None:
-            dense = [
-                p
-                for p in self._model.parameters()
-                if p.grad is not None and p.grad.layout == torch.strided
-            ]
-            self._parameter = min(dense, key=lambda p: p.numel(), default=None)
-        grad = None if self._parameter is None else self._parameter.grad
-        self._seen = None if grad is None else (grad, grad._version)
+        """Take note of the smallest gradient as it is now."""
+        dense = [
+            p
+            for p in self._model.parameters()
+            if p.grad is not None and p.grad.layout == torch.strided
+        ]
+        p = min(dense, key=lambda p: p.numel(), default=None)
+        self._seen = None if p is None or p.grad is None else (p, p.grad, p.grad._version)
 
-    def change(self) -> str | None:
-        """What happened since: "replaced", "added" (one accumulation), "changed", or None."""
-        if self._parameter is None or self._seen is None or self._parameter.grad is None:
-            return None
-        grad, version = self._seen
-        if self._parameter.grad is not grad:
-            return "replaced"
-        steps = grad._version - version
-        return None if steps == 0 else "added" if steps == 1 else "changed"
+    def was_replaced(self) -> bool:
+        """Whether zero_grad() came since."""
+        return self._seen is not None and self._seen[0].grad is not self._seen[1]
 
     def was_zeroed(self) -> bool:
-        """Whether zero_grad(set_to_none=False) came since; only then is the value looked at."""
-        if self.change() in (None, "replaced"):
+        """Whether zero_grad(set_to_none=False) came since, before anything was added."""
+        if self._seen is None or self.was_replaced():
             return False
-        assert self._seen is not None
-        if bool(self._seen[0].any()):
-            return False
-        self._seen = None  # what is added next is the first
-        return True
+        _, grad, version = self._seen
+        return grad._version != version and not bool(grad.any())
+
+
+def _subset_sums(sizes: Sequence[int]) -> set[int]:
+    """What a layer may count that runs in some of the microbatches, or in all."""
+    sums = {0}
+    for size in sizes:
+        sums |= {s + size for s in sums}
+    return sums
 
 
 def _total(counts: Sequence[int | None]) -> int | None:
@@ -444,8 +468,7 @@ def _square_sum(gradient: Tensor) -> Tensor:
 
 def _along(gradient: Tensor, direction: Tensor) -> Tensor:
     dense = gradient.to_dense() if gradient.is_sparse else gradient
-    # Not by @, which a surrounding autocast would take in half precision.
-    return (dense.detach().reshape(-1, direction.numel()) * direction).sum(1)
+    return dense.detach().reshape(-1, direction.numel()).to(direction.dtype) @ direction
 
 
 def _length(vector: Array) -> float:

@@ -5,19 +5,27 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from gnsmon.norms.forms import Form
-from gnsmon.norms.rules import find_rule, refusal
+from gnsmon.norms.rules import coupling, find_rule, refusal
 
 SqNorms = Callable[[Form], Tensor]  # form -> squared norms [B]
-ABSENT = -1.0  # in place of a sum of squares: the rule gave no gradient
+# Layers whose batch axis is always the first; others work on the last axis, whatever leads.
+BATCH_FIRST = (
+    nn.modules.conv._ConvNd,
+    nn.GroupNorm,
+    nn.modules.batchnorm._NormBase,
+    nn.PReLU,
+    nn.EmbeddingBag,
+)
+ABSENT = float("-inf")  # in place of a sum of squares: the rule gave no gradient
 
 
 class _Tap(torch.autograd.Function):
@@ -29,24 +37,23 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, probe: Tensor, tap: LayerTap, layout: Layout, *x: Tensor
+        ctx: Any, y: Tensor, probe: Tensor, tap: LayerTap, layout: Layout | None, *x: Tensor
     ) -> Tensor:
         ctx.save_for_backward(*x)
         ctx.tap, ctx.layout = tap, layout
         ctx.set_materialize_grads(False)
-        if torch.compiler.is_compiling():
-            return y.clone()  # fused away
+        if torch.compiler.is_compiling() or not tap.saves_no_output:
+            return y.clone()
         # A view would forbid in-place operations on the output, such as ReLU(inplace=True).
         return torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        rest = (None,) * (len(ctx.needs_input_grad) - 2)
-        if dy is None:
-            return None, None, *rest
-        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-            statistics = ctx.tap.statistics(ctx.saved_tensors, dy, ctx.layout)
-        return dy, statistics, *rest
+        statistics = None
+        if dy is not None and ctx.layout is not None:
+            with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+                statistics = ctx.tap.statistics(ctx, dy, ctx.layout)
+        return dy, statistics, *(None,) * (len(ctx.needs_input_grad) - 2)
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Layout:
     batch: int
     batch_dim: int = 0
     rows_per_example: int = 1
+    serial: int = 0  # of the forward pass
 
     def batch_first(self, tensor: Tensor) -> Tensor:
         """`tensor` with the rows of one example adjacent on the leading axis."""
@@ -71,50 +79,131 @@ class LayerTap:
     """A forward hook on one layer; owns the probe that carries the layer's statistics out.
 
     The probe is one vector: the number of examples; for every method and each of the layer's
-    parameters the sum over examples of its squared norms, `ABSENT` where the rule gives none; and,
-    while proving, each parameter's `Form.sum_along`.
+    parameters the sum over examples of its squared norms, `ABSENT` where the rule gives none; and
+    each parameter's `Form.sum_along`, to be compared with `.grad`.
     """
 
     def __init__(
         self, taps: Taps, path: str, module: nn.Module, rule: Callable[..., dict[str, Form]]
     ):
         self.taps, self.path, self.module, self.rule = taps, path, module, rule
-        self.owned = [name for name, _ in module.named_parameters(recurse=False)]
-        self.names = [taps.canonical[id(p)] for _, p in module.named_parameters(recurse=False)]
+        own = dict(module.named_parameters(recurse=False))
+        self.owned = list(own)
+        self.names = [taps.canonical[id(p)] for p in own.values()]
+        self.rows = {name: p.shape[0] if p.ndim else 1 for name, p in own.items()}
         self.shared = any(taps.uses[name] > 1 for name in self.names)
+        # A layer of the user's may save its own output; an alias would hide a change in place.
+        self.saves_no_output = type(module).__module__.startswith("torch.nn.")
         self.reason: str | None = None  # why this layer is left out of the present measurement
-        self.last_call = -1
         self.half = False
-        self.rows = {
-            name: p.shape[0] if p.ndim else 1 for name, p in module.named_parameters(recurse=False)
-        }
-        self.probe = torch.zeros(0)
-
-    def size(self, proving: bool) -> int:
-        """Length of the probe."""
-        statistics = 1 + len(self.taps.methods) * len(self.owned)
-        return statistics + (sum(self.rows.values()) if proving else 0)
+        self.last_call = -1
+        self._seen_apart = False  # the batch axis was once of another size than any other
+        self._irregular = False  # its last rows had nothing to do with the batch
+        p = next(iter(own.values()))
+        size = 1 + len(taps.methods) * len(own) + sum(self.rows.values())
+        self.probe = torch.zeros(size, dtype=_wide(p), device=p.device, requires_grad=True)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Tensor | None:
         """The tapped output, or None to leave the layer's output alone."""
-        if module is not self.module or not self.taps.active or not torch.is_grad_enabled():
+        if module is not self.module or not torch.is_grad_enabled():
+            return None
+        # What is saved inside a checkpoint must be the same when it is computed again, whatever
+        # has become known or been switched in between: there a tap is always set.
+        always = _in_checkpoint()
+        if not (always or self.taps.wanted or self.taps.active):
             return None
         if not any(p.requires_grad for p in module.parameters(recurse=False)):
             return None
         if not isinstance(output, Tensor):
             self.reason = f"{self.path}: output is a {type(output).__name__}, expected one tensor"
             return None
-        x = _tensors(module, args, kwargs)
-        layout = self.taps.layout(self, x, output)
-        if layout is None or not self._joinable():
+        if _is_transformed():
             return None
-        self.half = output.dtype in (torch.float16, torch.bfloat16)
+        x = _tensors(module, args, kwargs)
+        layout = self.taps.guarded(self._layout, x, output)
+        if layout is None and not always:
+            return None
         return _Tap.apply(output, self.probe, self, layout, *x)  # type: ignore[no-any-return]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Inert, ()
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The layer's parameters under their names in the model."""
+        for own, name in self.pairs():
+            if isinstance(p := getattr(self.module, own, None), nn.Parameter):
+                yield name, p
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """The layer's own names of its parameters, each with the name in the model."""
+        return zip(self.owned, self.names, strict=True)
+
+    # How the call's rows belong to examples.
+
+    def _layout(self, x: tuple[Tensor, ...], output: Tensor) -> Layout | None:
+        """None, with the reason kept, where it is not known for sure."""
+        taps = self.taps
+        taps.notice_layer(output)
+        if not taps.active:
+            return None
+        found = self._rows(x, output) if self._joinable() else None
+        if found is None:
+            return None
+        self.half = output.dtype in (torch.float16, torch.bfloat16)
+        return found
+
+    def _rows(self, x: tuple[Tensor, ...], output: Tensor) -> Layout | None:
+        taps, sizes = self.taps, tuple(output.shape)
+        batch, dim = taps.batch, taps.batch_dim
+        serial = 0 if torch.compiler.is_compiling() else taps.serial
+        if batch is None or not batch or len(sizes) <= dim or not x:
+            self.reason = f"{self.path}: output has shape {list(sizes)}, without an example"
+            return None
+        if sizes[dim] == batch:
+            if why := self._doubt(x[0], batch):
+                self.reason = f"{self.path}: {why}"
+                return None
+            if len(sizes) == 3 and not isinstance(self.module, BATCH_FIRST):
+                taps.note_sizes(sizes[1 - dim : 2 - dim])
+            return Layout(batch, dim, serial=serial)
+        rows = sizes[0] // batch
+        order = taps.flattened.get(rows, _flattened(x[0], batch, rows))
+        if rows > 1 and rows * batch == sizes[0] and order is not None:
+            taps.flattened[rows] = order
+            return Layout(batch, order, rows, serial)
+        self._irregular = self._irregular or not _in_backward()
+        self.reason = (
+            f"{self.path}: output has shape {list(sizes)}, expected {batch} examples on axis "
+            f"{dim}; its batch axis is lost (summed, or merged with another in an unknown order)"
+        )
+        return None
+
+    def _doubt(self, x: Tensor, batch: int) -> str | None:
+        """Why an axis of the batch's size may yet not be that of the batch."""
+        if self._irregular:  # an expert that by chance was sent as many rows as there are examples
+            self._irregular = _in_backward()
+            return "its last input had another number of rows than the batch has examples"
+        if any(x is t for t in self.taps.inputs) or isinstance(self.module, BATCH_FIRST):
+            return None
+        if isinstance(x, nn.Parameter) or any(x is b for b in self.taps.buffers):
+            return "its input is a parameter or buffer, not data"
+        if batch not in self.taps.inner:
+            self._seen_apart = self._seen_apart or bool(self.taps.inner)
+            index = not x.is_floating_point() and x.ndim == 1
+            if not index or self._seen_apart:
+                return None
+            return (
+                f"fed {batch} indices that are no input of the model: examples or positions? "
+                "Expand positions to [batch, positions]"
+            )
+        if self._seen_apart:
+            return None
+        return (
+            f"{batch} is both the batch size and another axis's: which are the examples? "
+            "Use another (micro)batch size, if only once"
+        )
 
     def _joinable(self) -> bool:
         """Notice a second call in one forward; whether this call's statistics can be had."""
@@ -125,22 +214,33 @@ class LayerTap:
                     "the uses cannot be joined"
                 )
             return not self.shared
-        # Activation checkpointing calls forward again inside backward: that is not another use.
-        if torch._C._current_graph_task_id() != -1:
+        if _in_backward():  # a checkpoint computes again: that is not another use
             return True
+        if self.last_call == self.taps.serial and not self.taps.rooted:
+            self.reason = (
+                f"{self.path}: called twice before a backward, without a call of its model: one "
+                "batch or two? Let the loss call the attached model itself"
+            )
+            return False
         if self.last_call == self.taps.serial and not self.shared:
             self.shared = True
             self.reason = f"{self.path}: called twice in one forward; joined from the next step on"
         self.last_call = self.taps.serial
         return True
 
-    def statistics(self, x: Sequence[Tensor], dy: Tensor, layout: Layout) -> Tensor:
+    # What a backward brings.
+
+    def statistics(self, ctx: Any, dy: Tensor, layout: Layout) -> Tensor:
         """The probe's gradient: see the class."""
-        if torch.compiler.is_compiling() or self.taps.strict:
-            return self._statistics(x, dy, layout)
+        if torch.compiler.is_compiling():
+            return self._statistics(ctx.saved_tensors, dy, layout)
+        task = torch._C._current_graph_task_id()
+        self.taps.fired.add((task, layout.serial, layout.batch))
         try:
-            return self._statistics(x, dy, layout)
-        except Exception as error:  # noqa: BLE001  training must survive a faulty rule
+            return self._statistics(ctx.saved_tensors, dy, layout)
+        except Exception as error:
+            if self.taps.strict:
+                raise
             self.reason = f"{self.path}: its rule failed: {type(error).__name__}: {error}"
             return torch.zeros_like(self.probe)
 
@@ -161,20 +261,10 @@ class LayerTap:
         for sq_norms in self.taps.methods.values():
             for own in self.owned:
                 pieces.append(sq_norms(mine[own]).sum().reshape(1) if own in mine else absent)
-        if self.taps.directions is not None:
-            for own, name in self.pairs():
-                along = mine[own].sum_along(self.taps.directions[name]) if own in mine else None
-                pieces.append(like.new_zeros(self.rows[own]) if along is None else along)
-        return torch.cat([piece.to(like.dtype) for piece in pieces])
-
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The layer's parameters under their names in the model."""
         for own, name in self.pairs():
-            yield name, getattr(self.module, own)
-
-    def pairs(self) -> Iterator[tuple[str, str]]:
-        """The layer's own names of its parameters, each with the name in the model."""
-        return zip(self.owned, self.names, strict=True)
+            along = mine[own].sum_along(self.taps.directions[name]) if own in mine else None
+            pieces.append(like.new_zeros(self.rows[own]) if along is None else along)
+        return torch.cat([piece.to(like.dtype) for piece in pieces])
 
 
 class Taps:
@@ -186,7 +276,7 @@ class Taps:
         methods: name -> squared norms of a form.
         batch_dim: axis of the examples in the input and output of every layer.
         weigh: gives the weights [B] of the examples from the arguments of the model's forward.
-        strict: raise what goes wrong in a rule instead of leaving the layer out.
+        strict: raise what goes wrong instead of leaving the layer out.
     """
 
     def __init__(
@@ -200,6 +290,11 @@ class Taps:
     ):
         self.model, self.methods, self.batch_dim = model, methods, batch_dim
         self.weigh, self.strict = weigh, strict
+        if lazy := [n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)]:
+            raise ValueError(
+                f"{lazy[0]} has no shape yet: call the model once before attach, so that its lazy "
+                "layers are initialised"
+            )
         self.canonical = {id(p): name for name, p in model.named_parameters()}
         self.uses = Counter(
             self.canonical[id(p)]
@@ -207,26 +302,28 @@ class Taps:
             for p in module._parameters.values()
             if p is not None
         )
+        self.buffers = list(model.buffers())
         self.untapped: dict[str, str] = {}  # parameter -> why no rule gives its gradient
-        # Forms of shared parameters, a dict a use, each with the backward that it came from.
-        self.deferred: list[tuple[int, dict[str, Form]]] = []
-        self.directions: dict[str, Tensor] | None = None  # not None while proving
         self.wanted = self.active = False
-        self.rooted = False  # the model's own forward is called, not only its layers'
-        self.batch: int | None = None
-        self.tokens: int | None = None
-        self.weights: Tensor | None = None
-        self.inner: tuple[int, ...] = ()  # sizes seen behind the batch axis: sequence lengths
-        self.forwards = 0  # since the last backward
-        self.serial = 0  # of the present forward, eager only
+        self.rooted = True  # the model's own forward is called, not only its layers'
         self.layers: list[LayerTap] = []
         self._hooks = [
             model.register_forward_pre_hook(_Begin(self), with_kwargs=True, prepend=True)
         ]
         for path, module in model.named_modules():
             self._tap(path, module)
+        generator = torch.Generator().manual_seed(0)  # training's stream stays untouched
+        self.directions = {
+            name: _signs(p, generator) for tap in self.layers for name, p in tap.parameters()
+        }
+        self.forwards = 0  # since the last backward
+        self.serial = 0  # of the present forward, eager only
+        self.inputs: list[Tensor] = []
+        self.clear()
 
     def _tap(self, path: str, module: nn.Module) -> None:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            self._hooks.append(module.register_forward_hook(_Coupled(self, path)))
         own = dict(module.named_parameters(recurse=False))
         if not own:
             return
@@ -243,6 +340,7 @@ class Taps:
     def remove(self) -> None:
         """Leave the model as it was."""
         self.wanted = self.active = False
+        self.clear()
         for hook in self._hooks:
             hook.remove()
 
@@ -252,78 +350,78 @@ class Taps:
         if not self.rooted:
             self.active = measure
 
-    def ready(self, fired: Callable[[Tensor], None], proof: torch.Generator | None) -> None:
-        """A probe for every layer; `fired` is called when it receives its gradient.
-
-        With `proof`, it draws the directions along which the layers' gradients are proven.
-        """
-        self.directions = None
-        if proof is not None:
-            self.directions = {
-                name: _signs(p, proof) for tap in self.layers for name, p in tap.parameters()
-            }
+    def ready(self, fired: Callable[[Tensor], None]) -> None:
+        """Have `fired` called whenever a probe receives its gradient."""
         for tap in self.layers:
-            _, p = next(tap.parameters())
-            size = tap.size(proof is not None)
-            if tap.probe.numel() != size or tap.probe.device != p.device:
-                tap.probe = torch.zeros(size, dtype=_wide(p), device=p.device, requires_grad=True)
-                tap.probe.register_post_accumulate_grad_hook(fired)
-
-    def end_pass(self) -> None:
-        """Forget the batch whose backward has ended."""
-        self.forwards, self.weights = 0, None
-        if not self.rooted:
-            self.batch = None
+            tap.probe.register_post_accumulate_grad_hook(fired)
 
     def clear(self) -> None:
         """Forget everything learnt since the last optimizer step."""
         self.end_pass()
-        self.deferred.clear()
+        # Forms of shared parameters, a dict a use, each with the backward that it came from.
+        self.deferred: list[tuple[int, dict[str, Form]]] = []
+        self.fired: set[tuple[int, int, int]] = set()  # backward, forward, batch
+        self.coupled: str | None = None  # why examples are not independent
+        self.fault: str | None = None
         for tap in self.layers:
             tap.reason, tap.probe.grad = None, None
+
+    def end_pass(self) -> None:
+        """The batch has had its backward; the next forward begins another."""
+        self.forwards = 0
+        self.stale = True
+        self.weights: Tensor | None = None
+
+    def guarded(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """`fn(*args)`; a failure is kept as the fault of this measurement, and None comes back."""
+        if torch.compiler.is_compiling() or self.strict:
+            return fn(*args)
+        try:
+            return fn(*args)
+        except Exception as error:
+            self.fault = f"{type(error).__name__}: {error}"
+            return None
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Learn the batch from the arguments of the model's forward."""
         self.active, self.rooted = self.wanted, True
         if not self.wanted:
             return
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        sizes = [t.shape[self.batch_dim] for t in tensors if t.ndim > self.batch_dim]
-        self.batch = _most_common(sizes)
-        self.inner = tuple(t.shape[1 - self.batch_dim] for t in tensors if _is_sequence(t))
-        ids = [t for t in tensors if t.ndim == 2 and not t.is_floating_point()]
+        self.inputs = list(_tensors_in((args, kwargs)))
+        carriers = [t for t in self.inputs if t.ndim > self.batch_dim and t.numel()]
+        self._begin_pass(carriers[0].shape[self.batch_dim] if carriers else None)
+        for t in carriers:
+            sequence = t.ndim in (3, 5) if t.is_floating_point() else t.ndim == 2
+            if sequence and t.shape[self.batch_dim] == self.batch:
+                self.note_sizes(t.shape[1 - self.batch_dim : 2 - self.batch_dim])
+        ids = [t for t in carriers if t.ndim == 2 and not t.is_floating_point()]
         self.tokens = ids[0].numel() if ids else None
+        if self.weigh is not None:
+            self.weights = torch.as_tensor(self.weigh(*args, **kwargs))
+
+    def notice_layer(self, output: Tensor) -> None:
+        """A layer was called; where no forward of the model announced it, begin with its batch."""
+        compiling = torch.compiler.is_compiling()
+        if self.wanted and self.stale and (compiling or not _in_backward()):
+            self.active, self.rooted, self.inputs, self.tokens = True, False, [], None
+            self._begin_pass(output.shape[self.batch_dim] if output.ndim > self.batch_dim else None)
+        elif self.batch is None and output.ndim > self.batch_dim:
+            self.batch = output.shape[self.batch_dim]
+
+    def _begin_pass(self, batch: int | None) -> None:
+        self.stale = False
+        self.batch = batch
+        self.inner: tuple[int, ...] = ()  # sizes seen behind the batch: positions, features
+        self.flattened: dict[int, int] = {}  # positions of [batch * positions, ...] -> batch axis
         self.forwards += 1
         if not torch.compiler.is_compiling():
             self.serial += 1
-        if self.weigh is not None:
-            self.weights = self.weigh(*args, **kwargs)
 
-    def layout(self, tap: LayerTap, x: Sequence[Tensor], output: Tensor) -> Layout | None:
-        """Whose example each row of `output` is; None, with the reason on `tap`, if unknown."""
-        dim = self.batch_dim
-        if self.batch is None:  # the layer was called without its model's forward
-            self.batch = output.shape[dim]
-        batch, sizes = self.batch, tuple(output.shape)
-        if len(sizes) > dim and sizes[dim] == batch:
-            flat = x[0].ndim == (2 if x[0].is_floating_point() else 1)
-            if flat and batch in self.inner:
-                tap.reason = (
-                    f"{tap.path}: fed {batch} rows, and {batch} is both the batch size and the "
-                    "sequence length: examples or positions? Use another (micro)batch size"
-                )
-                return None
-            if len(sizes) == 3 and sizes[1 - dim] not in self.inner:
-                self.inner = (*self.inner, sizes[1 - dim])
-            return Layout(batch, dim)
-        rows = sizes[0] // batch if sizes and sizes[0] % batch == 0 else 0
-        if rows in self.inner and rows > 1:
-            return Layout(batch, dim, rows)
-        tap.reason = (
-            f"{tap.path}: output has shape {list(sizes)}, expected {batch} examples on axis {dim}; "
-            "its batch axis is lost (summed, or merged with another in an unknown order)"
-        )
-        return None
+    def note_sizes(self, sizes: Sequence[int]) -> None:
+        """Remember sizes of axes that are not the batch's."""
+        for size in sizes:
+            if size not in self.inner:
+                self.inner = (*self.inner, size)
 
 
 class _Begin:
@@ -333,8 +431,22 @@ class _Begin:
         self.taps = taps
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is self.taps.model and torch.is_grad_enabled():
-            self.taps.begin(args, kwargs)
+        if module is self.taps.model and torch.is_grad_enabled() and not _is_transformed():
+            self.taps.guarded(self.taps.begin, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Inert, ()
+
+
+class _Coupled:
+    """The hook on a layer that may normalise by the batch."""
+
+    def __init__(self, taps: Taps, path: str):
+        self.taps, self.path = taps, path
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.taps.active and torch.is_grad_enabled() and (why := coupling(module)):
+            self.taps.coupled = f"{self.path}: {why}"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Inert, ()
@@ -347,29 +459,56 @@ class _Inert:
         return None
 
 
-def _most_common(sizes: list[int]) -> int | None:
-    """The first of the most common sizes; in words that torch.compile can trace."""
-    best, votes = None, 0
-    for size in sizes:
-        count = len([other for other in sizes if other == size])
-        if count > votes:
-            best, votes = size, count
-    return best
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
+def _in_checkpoint() -> bool:
+    """Whether a non-reentrant activation checkpoint is being computed, or computed again."""
+    if torch.compiler.is_compiling():
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
-def _signs(p: Tensor, generator: torch.Generator) -> Tensor:
-    """Random signs [elements behind the first axis of p]."""
-    size = (max(p[0].numel(), 1) if p.ndim else 1,)
-    bits = torch.randint(0, 2, size, generator=generator)
-    return (2 * bits - 1).to(p.device, _wide(p))
+def _is_transformed() -> bool:
+    """Whether a transform runs the model, under which an autograd.Function needs more rules."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+    )
 
 
-def _is_sequence(t: Tensor) -> bool:
-    return t.ndim in (3, 5) if t.is_floating_point() else t.ndim == 2
+def _flattened(x: Tensor, batch: int, rows: int) -> int | None:
+    """The batch's axis, 0 or 1, in the tensor of which x is a view with its first two axes merged.
+
+    None where that cannot be seen: the order of the rows is then anybody's guess.
+    """
+    if torch.compiler.is_compiling() or rows == batch:
+        return None
+    sizes = getattr(x.grad_fn, "_saved_self_sym_sizes", None)  # of a view's argument
+    if sizes is None and x._base is not None and x.is_contiguous() and x._base.is_contiguous():
+        sizes = x._base.shape
+    axes = {(batch, rows): 0, (rows, batch): 1}
+    return None if sizes is None else axes.get(tuple(sizes[:2]))
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested arguments, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, nn.utils.rnn.PackedSequence):
+        raise ValueError("examples cannot be told apart in a PackedSequence; pass padded sequences")
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors_in(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from _tensors_in(getattr(value, field.name))
 
 
 def _tensors(
@@ -385,3 +524,13 @@ def _tensors(
 @lru_cache
 def _parameter_names(kind: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _signs(p: Tensor, generator: torch.Generator) -> Tensor:
+    """Random signs [elements behind the first axis of p]."""
+    bits = torch.randint(0, 2, (prod(p.shape[1:]),), generator=generator)
+    return (2 * bits - 1).to(p.device, _wide(p))
