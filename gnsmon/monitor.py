@@ -494,6 +494,11 @@ def _run_dir(config: MonitorConfig) -> Path:
         if kind in ("tensorboard", "csv", "jsonl") and place:
             return Path(place) if not Path(place).suffix else Path(place).parent
     name = f"gnsmon-{datetime.now():%Y%m%d-%H%M%S}"
-    return next(
-        p for i in count() if not (p := Path("runs") / f"{name}{f'-{i}' * (i > 0)}").exists()
-    )
+    for i in count():
+        path = Path("runs") / (f"{name}-{i}" if i else name)
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:  # another run of this second
+            continue
+        return path
+    raise AssertionError

@@ -401,3 +401,209 @@ def test_what_is_no_optimizer_is_named():
 def test_lazy_layers_are_named():
     with pytest.raises(ValueError, match=r"0\.weight has no shape yet: call the model once"):
         gnsmon.attach(nn.Sequential(nn.LazyLinear(3)))
+
+
+class Reads(nn.Module):
+    """A layer that is fed the rows of [B, T, d] as `arrange` lays them out."""
+
+    def __init__(self, arrange):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.arrange = arrange
+
+    def forward(self, x):
+        return self.second(self.arrange(self.first(x).tanh()))
+
+
+def gathered(h):
+    rows = torch.arange(h.shape[1]).repeat_interleave(len(h))
+    return h[torch.arange(len(h)).repeat(h.shape[1]), rows]
+
+
+def windows(h):  # [B, 6, 4] as two windows of three positions, each window a row
+    return h.view(len(h), 3, 2, 4).permute(0, 2, 1, 3).contiguous().view(-1, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("arrange", "known"),
+    [
+        (lambda h: h.reshape(-1, 4), True),
+        (lambda h: h.transpose(0, 1).reshape(-1, 4), True),
+        (windows, True),
+        (gathered, False),
+        (lambda h: h.index_select(0, torch.arange(len(h)).repeat(6))[:, 0], False),
+        (lambda h: h.reshape(-1, 4) * 2, False),
+    ],
+)
+def test_rows_are_dealt_out_by_what_a_view_shows(arrange, known):
+    model = Reads(arrange).to(D)
+    x = torch.randn(5, 6, 4, dtype=D)
+
+    def loss(model, x):
+        y = model(x)
+        return y.sin().sum() * (1.0 / len(x))
+
+    optimizer = sgd(model)
+    with watch(model, optimizer) as gns, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        loss(model, x).backward()
+        optimizer.step()
+    missing = set() if known else {"second.weight", "second.bias"}
+    assert bool(said) != known
+    assert set(gns.coverage().missing) == missing
+    norms = gnsmon.per_example_sq_norms(model, loss, x)
+    expected = sum(float(v.sum()) for n, v in norms.items() if n not in missing) / 25
+    assert gns.reading.raw.parts_sq_norm == pytest.approx(expected, rel=1e-9)
+
+
+def test_two_orders_of_rows_in_one_forward():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            h = self.a(x.reshape(-1, 4)).tanh().view(x.shape)
+            h = self.b(h.transpose(0, 1).reshape(-1, 4)).view(x.shape[1], len(x), 4)
+            return h.transpose(0, 1)
+
+    model = Both().to(D)
+    x = torch.randn(5, 6, 4, dtype=D, requires_grad=True)
+    optimizer = sgd(model)
+    with watch(model, optimizer, strict=True) as gns:
+        cases.energy(model, x).backward()
+        optimizer.step()
+        assert_right(gns, model, x.detach())
+
+
+def test_a_microbatch_of_one_owns_every_row():
+    class Conditioned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ada, self.mix, self.pos = nn.Linear(4, 4), nn.Linear(4, 4), nn.Embedding(6, 4)
+
+        def forward(self, x):
+            h = self.mix(x + self.ada(x[:, 0].tanh())[:, None])
+            return self.mix(h.flatten(0, 1)).view(x.shape) + self.pos(torch.arange(x.shape[1]))
+
+    model = Conditioned().to(D)
+    x = torch.randn(5, 6, 4, dtype=D)
+    optimizer = sgd(model)
+    with watch(model, optimizer) as gns:
+        for _ in range(2):
+            optimizer.zero_grad()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the layer that is called twice
+                for i in range(5):
+                    (cases.energy(model, x[i : i + 1]) / 5).backward()
+                optimizer.step()
+        assert_right(gns, model, x)
+
+
+def test_first_layers_fed_positions_first_with_as_many_positions_as_examples():
+    class Patches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch, self.norm = nn.Conv2d(1, 4, 4, 4), nn.LayerNorm(4)
+
+        def forward(self, x):
+            return self.norm(self.patch(x).flatten(2).permute(2, 0, 1)).transpose(0, 1)
+
+    model = Patches().to(D)
+    x = torch.randn(4, 1, 8, 8, dtype=D)
+    optimizer = sgd(model)
+    with watch(model, optimizer) as gns, pytest.warns(RuntimeWarning, match="which are the exam"):
+        cases.energy(model, x).backward()
+        optimizer.step()
+    assert_right(gns, model, x, missing={"norm.weight", "norm.bias"})
+
+
+def test_gradients_asked_for_between_steps_leave_nothing_behind():
+    model = Shared().to(D)
+    ids = torch.randint(7, (6, 5))
+    optimizer = sgd(model)
+    with watch(model, optimizer, strict=True) as gns:
+        for _ in range(5):
+            torch.autograd.grad(cases.energy(model, ids), list(model.parameters()))
+        taps = gns._collector.taps
+        assert len(taps.deferred) <= 2 and len(taps.fired) <= 1
+        cases.energy(model, ids).backward()
+        optimizer.step()
+        assert not taps.inputs and not taps.deferred and not taps.fired
+        assert_right(gns, model, ids)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.mix = nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.mix(self.norm(x)).tanh()
+
+
+class Deep(nn.Module):
+    def __init__(self, blocks=2, checkpointed=False):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+        self.checkpointed = checkpointed
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+        return x
+
+
+def graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:The .grad attribute")
+def test_blocks_compiled_one_by_one_share_their_graph():
+    model, x = Deep(10).to(D), torch.randn(5, 6, 4, dtype=D)
+    optimizer = sgd(model)
+    torch._dynamo.utils.counters.clear()
+    with watch(model, optimizer, strict=True) as gns:
+        for block in model.blocks:
+            block.compile(backend="aot_eager", fullgraph=True)
+        cases.energy(model, x).backward()
+        optimizer.step()
+        assert graphs() <= 2
+        assert_right(gns, model, x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_checkpoints_in_a_compiled_model():
+    model, x = Deep(checkpointed=True).to(D), torch.randn(5, 6, 4, dtype=D)
+    optimizer = sgd(model)
+    with watch(model, optimizer, strict=True) as gns:
+        cases.energy(torch.compile(model, backend="aot_eager", fullgraph=True), x).backward()
+        optimizer.step()
+        assert_right(gns, model, x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_lengths_and_batches_that_vary_do_not_compile_anew():
+    model = Deep().to(D)
+    optimizer = sgd(model)
+    torch._dynamo.utils.counters.clear()
+    with watch(model, optimizer, every=2, strict=True) as gns:
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for i in range(24):
+            x = torch.randn(3 + i % 5, 9 + i % 7, 4, dtype=D)
+            optimizer.zero_grad()
+            cases.energy(compiled, x).backward()
+            optimizer.step()
+            if i % 2 == 0:
+                assert_right(gns, model, x)
+        assert graphs() <= 6
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_a_compiled_square_batch_is_refused():
+    model, x = Deep().to(D), torch.randn(6, 6, 4, dtype=D)
+    optimizer = sgd(model)
+    with watch(model, optimizer) as gns, pytest.warns(RuntimeWarning, match="is not measured"):
+        cases.energy(torch.compile(model, backend="aot_eager", fullgraph=True), x).backward()
+        optimizer.step()
+    assert gns.reading is None

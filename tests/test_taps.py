@@ -11,12 +11,12 @@ from gnsmon.collectors.per_example import PerExample, Skipped
 
 
 def collect(model, loss, batch, before=False, **options):
-    """The norms of a step; `before` it there is another, on the batch less an example.
+    """The norms of a step; `before` it there is another, on two examples of the batch.
 
     That one finds layers that are called twice, and shows which axis is the batch's.
     """
     collector = PerExample(model, ["pepgns", "sogns"], strict=True, **options)
-    for part in [tree_map(lambda t: t[:-1], batch), batch] if before else [batch]:
+    for part in [tree_map(lambda t: t[:2], batch), batch] if before else [batch]:
         model.zero_grad()
         collector.arm(True)
         loss(model, part).backward()

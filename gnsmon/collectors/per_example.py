@@ -22,7 +22,7 @@ METHODS: dict[str, SqNorms] = {
     "sogns": lambda form: form.sogns_sq_norms(),
 }
 # How far the sum over examples may be from `.grad`, relative, before a parameter is left out.
-TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
+TOLERANCE, TF32_TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-3, 5e-2
 
 
 @dataclass(frozen=True)
@@ -260,11 +260,12 @@ class PerExample:
         counts = {tap: int(vector[0]) for tap, vector in layers.items() if not tap.shared}
         if counts and min(counts.values()) > sum(batches):
             return SEVERAL
-        possible = _subset_sums(batches)
+        whole = sum(batches)
+        possible = {whole} if set(counts.values()) <= {whole} else _subset_sums(batches)
         for tap, count in counts.items():
             if count not in possible:
                 tap.reason = tap.reason or (
-                    f"{tap.path}: it saw {count} examples of {sum(batches)}; it is called several "
+                    f"{tap.path}: it saw {count} examples of {whole}; it is called several "
                     "times in one forward, or its batch is not the model's"
                 )
         parts, proofs = self._by_parameter(layers, shared)
@@ -272,7 +273,7 @@ class PerExample:
             parts,
             {name: a[0] for name, a in big.items()},
             self._disprove(proofs, along, big),
-            sum(batches),
+            whole,
             weights,
         )
 
@@ -374,8 +375,7 @@ class PerExample:
             # A gradient that is zero but for rounding (a key's bias in attention) proves nothing.
             of = max(of, 1e-2 * whole)
             self.gaps[name] = gap / of if of else 0.0
-            half = any(tap.half for tap in self._taps_of[name])
-            if not self.gaps[name] <= (HALF_TOLERANCE if half else TOLERANCE):
+            if not self.gaps[name] <= self._tolerance(name):
                 found[name] = (
                     f"the gradients of the examples do not add up to .grad (off by "
                     f"{self.gaps[name]:.1%}): the parameter is also used outside its layer's "
@@ -383,6 +383,14 @@ class PerExample:
                     "earlier step, rounded to half precision, or its rule is wrong"
                 )
         return found
+
+    def _tolerance(self, name: str) -> float:
+        p = self.model.get_parameter(name)
+        half = p.dtype.itemsize == 2 or self.taps.half
+        if half or any(tap.half for tap in self._taps_of[name]):
+            return HALF_TOLERANCE
+        rounded = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+        return TF32_TOLERANCE if p.is_cuda and rounded else TOLERANCE
 
     def _why(
         self,
@@ -402,10 +410,15 @@ class PerExample:
         if name not in big:
             return UNUSED
         if name not in parts:
-            path = self._taps_of[name][0].path
+            tap = self._taps_of[name][0]
+            if tap.shared:
+                return (
+                    f"{tap.path}: its parameters are used more than once, and in a compiled model "
+                    "the uses cannot be joined"
+                )
             return (
-                f"{path}: its parameters have a gradient, but its forward was not called, or only "
-                "under a transform such as vmap"
+                f"{tap.path}: its parameters have a gradient, but its forward was not called, or "
+                "only under a transform such as vmap, or compiled with its batch axis lost"
             )
         if parts[name][0] == ABSENT:
             return f"the rule of {self._taps_of[name][0].path} gives it no gradient"

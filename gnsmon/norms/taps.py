@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
+from itertools import accumulate
 from math import prod
+from operator import mul
 from typing import Any
 
 import torch
@@ -91,6 +93,8 @@ class LayerTap:
         self.owned = list(own)
         self.names = [taps.canonical[id(p)] for p in own.values()]
         self.rows = {name: p.shape[0] if p.ndim else 1 for name, p in own.items()}
+        # By the layer's own names: a name of the model's would compile each block anew.
+        self.directions = {name: _signs(p, taps.generator) for name, p in own.items()}
         self.shared = any(taps.uses[name] > 1 for name in self.names)
         # A layer of the user's may save its own output; an alias would hide a change in place.
         self.saves_no_output = type(module).__module__.startswith("torch.nn.")
@@ -117,9 +121,9 @@ class LayerTap:
         if not any(p.requires_grad for p in module.parameters(recurse=False)):
             return None
         if not isinstance(output, Tensor):
-            self.reason = f"{self.path}: output is a {type(output).__name__}, expected one tensor"
+            self._leave_out(f"output is a {type(output).__name__}, expected one tensor")
             return None
-        if _is_transformed():
+        if _is_transformed() or coupling(module):
             return None
         x = _tensors(module, args, kwargs)
         layout = self.taps.guarded(self._layout, x, output)
@@ -148,35 +152,50 @@ class LayerTap:
         taps.notice_layer(output)
         if not taps.active:
             return None
-        found = self._rows(x, output) if self._joinable() else None
-        if found is None:
+        if torch.compiler.is_compiling():
+            return self._compiled_rows(x, output)
+        if output.dtype in (torch.float16, torch.bfloat16):
+            self.half = True
+        return self._rows(x, output) if self._joinable() else None
+
+    def _leave_out(self, why: str) -> None:
+        # A compiled checkpoint forbids to change anything; its parameters are named all the same.
+        if not torch.compiler.is_compiling():
+            self.reason = f"{self.path}: {why}"
+
+    def _compiled_rows(self, x: tuple[Tensor, ...], output: Tensor) -> Layout | None:
+        """As `_rows`, from this call alone: what it remembered would be a guard of the graph."""
+        taps = self.taps
+        if self.shared or output.ndim <= taps.batch_dim:
             return None
-        self.half = output.dtype in (torch.float16, torch.bfloat16)
-        return found
+        if taps.square and not isinstance(self.module, BATCH_FIRST):
+            return None
+        # Sizes of tensors stay symbols; a number that was kept would be a guard.
+        batch = output.shape[taps.batch_dim]
+        if taps.inputs and batch != taps.inputs[0].shape[taps.batch_dim]:
+            return None
+        return None if isinstance(x[0], nn.Parameter) else Layout(batch, taps.batch_dim)
 
     def _rows(self, x: tuple[Tensor, ...], output: Tensor) -> Layout | None:
         taps, sizes = self.taps, tuple(output.shape)
-        batch, dim = taps.batch, taps.batch_dim
-        serial = 0 if torch.compiler.is_compiling() else taps.serial
-        if batch is None or not batch or len(sizes) <= dim or not x:
-            self.reason = f"{self.path}: output has shape {list(sizes)}, without an example"
+        batch, dim, serial = taps.batch, taps.batch_dim, taps.serial
+        if not batch or len(sizes) <= dim or not x:
+            self._leave_out(f"output has shape {list(sizes)}, without an example")
             return None
         if sizes[dim] == batch:
-            if why := self._doubt(x[0], batch):
-                self.reason = f"{self.path}: {why}"
-                return None
             if len(sizes) == 3 and not isinstance(self.module, BATCH_FIRST):
                 taps.note_sizes(sizes[1 - dim : 2 - dim])
+            if batch > 1 and (why := self._doubt(x[0], batch)):
+                self._leave_out(why)
+                return None
             return Layout(batch, dim, serial=serial)
         rows = sizes[0] // batch
-        order = taps.flattened.get(rows, _flattened(x[0], batch, rows))
-        if rows > 1 and rows * batch == sizes[0] and order is not None:
-            taps.flattened[rows] = order
+        if rows * batch == sizes[0] and (order := taps.order(x[0], rows)) is not None:
             return Layout(batch, order, rows, serial)
         self._irregular = self._irregular or not _in_backward()
-        self.reason = (
-            f"{self.path}: output has shape {list(sizes)}, expected {batch} examples on axis "
-            f"{dim}; its batch axis is lost (summed, or merged with another in an unknown order)"
+        self._leave_out(
+            f"output has shape {list(sizes)}, expected {batch} examples on axis {dim}; its batch "
+            "axis is lost (summed, or merged with another in an unknown order)"
         )
         return None
 
@@ -187,7 +206,7 @@ class LayerTap:
             return "its last input had another number of rows than the batch has examples"
         if any(x is t for t in self.taps.inputs) or isinstance(self.module, BATCH_FIRST):
             return None
-        if isinstance(x, nn.Parameter) or any(x is b for b in self.taps.buffers):
+        if isinstance(x, nn.Parameter) or any(x is b for b in self.taps.model.buffers()):
             return "its input is a parameter or buffer, not data"
         if batch not in self.taps.inner:
             self._seen_apart = self._seen_apart or bool(self.taps.inner)
@@ -207,24 +226,17 @@ class LayerTap:
 
     def _joinable(self) -> bool:
         """Notice a second call in one forward; whether this call's statistics can be had."""
-        if torch.compiler.is_compiling():
-            if self.shared:
-                self.reason = (
-                    f"{self.path}: its parameters are used more than once, and in a compiled model "
-                    "the uses cannot be joined"
-                )
-            return not self.shared
         if _in_backward():  # a checkpoint computes again: that is not another use
             return True
         if self.last_call == self.taps.serial and not self.taps.rooted:
-            self.reason = (
-                f"{self.path}: called twice before a backward, without a call of its model: one "
-                "batch or two? Let the loss call the attached model itself"
+            self._leave_out(
+                "called twice before a backward, without a call of its model: one batch or two? "
+                "Let the loss call the attached model itself"
             )
             return False
         if self.last_call == self.taps.serial and not self.shared:
             self.shared = True
-            self.reason = f"{self.path}: called twice in one forward; joined from the next step on"
+            self._leave_out("called twice in one forward; joined from the next step on")
         self.last_call = self.taps.serial
         return True
 
@@ -241,7 +253,7 @@ class LayerTap:
         except Exception as error:
             if self.taps.strict:
                 raise
-            self.reason = f"{self.path}: its rule failed: {type(error).__name__}: {error}"
+            self._leave_out(f"its rule failed: {type(error).__name__}: {error}")
             return torch.zeros_like(self.probe)
 
     def _statistics(self, x: Sequence[Tensor], dy: Tensor, layout: Layout) -> Tensor:
@@ -261,8 +273,8 @@ class LayerTap:
         for sq_norms in self.taps.methods.values():
             for own in self.owned:
                 pieces.append(sq_norms(mine[own]).sum().reshape(1) if own in mine else absent)
-        for own, name in self.pairs():
-            along = mine[own].sum_along(self.taps.directions[name]) if own in mine else None
+        for own in self.owned:
+            along = mine[own].sum_along(self.directions[own]) if own in mine else None
             pieces.append(like.new_zeros(self.rows[own]) if along is None else along)
         return torch.cat([piece.to(like.dtype) for piece in pieces])
 
@@ -302,7 +314,7 @@ class Taps:
             for p in module._parameters.values()
             if p is not None
         )
-        self.buffers = list(model.buffers())
+        self.generator = torch.Generator().manual_seed(0)  # training's stream stays untouched
         self.untapped: dict[str, str] = {}  # parameter -> why no rule gives its gradient
         self.wanted = self.active = False
         self.rooted = True  # the model's own forward is called, not only its layers'
@@ -312,13 +324,13 @@ class Taps:
         ]
         for path, module in model.named_modules():
             self._tap(path, module)
-        generator = torch.Generator().manual_seed(0)  # training's stream stays untouched
         self.directions = {
-            name: _signs(p, generator) for tap in self.layers for name, p in tap.parameters()
+            name: tap.directions[own] for tap in self.layers for own, name in tap.pairs()
         }
         self.forwards = 0  # since the last backward
         self.serial = 0  # of the present forward, eager only
-        self.inputs: list[Tensor] = []
+        self.square = False  # the batch is as large as another axis of the input
+        self.half = False  # the forward was under autocast
         self.clear()
 
     def _tap(self, path: str, module: nn.Module) -> None:
@@ -370,6 +382,7 @@ class Taps:
         """The batch has had its backward; the next forward begins another."""
         self.forwards = 0
         self.stale = True
+        self.inputs: list[Tensor] = []
         self.weights: Tensor | None = None
 
     def guarded(self, fn: Callable[..., Any], *args: Any) -> Any:
@@ -387,13 +400,15 @@ class Taps:
         self.active, self.rooted = self.wanted, True
         if not self.wanted:
             return
-        self.inputs = list(_tensors_in((args, kwargs)))
-        carriers = [t for t in self.inputs if t.ndim > self.batch_dim and t.numel()]
+        tensors = _tensors_in((args, kwargs))
+        carriers = self.inputs = [t for t in tensors if t.ndim > self.batch_dim and t.numel()]
         self._begin_pass(carriers[0].shape[self.batch_dim] if carriers else None)
         for t in carriers:
             sequence = t.ndim in (3, 5) if t.is_floating_point() else t.ndim == 2
             if sequence and t.shape[self.batch_dim] == self.batch:
                 self.note_sizes(t.shape[1 - self.batch_dim : 2 - self.batch_dim])
+        self.square = self.batch in self.inner
+        self.half = any(torch.is_autocast_enabled(t.device.type) for t in self.inputs[:1])
         ids = [t for t in carriers if t.ndim == 2 and not t.is_floating_point()]
         self.tokens = ids[0].numel() if ids else None
         if self.weigh is not None:
@@ -405,17 +420,33 @@ class Taps:
         if self.wanted and self.stale and (compiling or not _in_backward()):
             self.active, self.rooted, self.inputs, self.tokens = True, False, [], None
             self._begin_pass(output.shape[self.batch_dim] if output.ndim > self.batch_dim else None)
-        elif self.batch is None and output.ndim > self.batch_dim:
+        elif not compiling and self.batch is None and output.ndim > self.batch_dim:
             self.batch = output.shape[self.batch_dim]
 
     def _begin_pass(self, batch: int | None) -> None:
         self.stale = False
         self.batch = batch
         self.inner: tuple[int, ...] = ()  # sizes seen behind the batch: positions, features
-        self.flattened: dict[int, int] = {}  # positions of [batch * positions, ...] -> batch axis
         self.forwards += 1
         if not torch.compiler.is_compiling():
             self.serial += 1
+            self._orders: dict[int, int | None] = {}
+            # What was not taken at the end of its backward was torch.autograd.grad's.
+            self.deferred.clear()
+            self.fired.clear()
+
+    def order(self, x: Tensor, rows: int) -> int | None:
+        """The batch's axis, 0 or 1, in what x [batch * rows, ...] was flattened from, or None.
+
+        Known where x is a view that shows it, or where all the views of so many rows showed one
+        order before; a single example owns all rows.
+        """
+        if self.batch == 1:
+            return 0
+        seen = _flattened(x, self.batch or 0, rows)
+        known = self._orders.get(rows, seen)
+        self._orders[rows] = known if seen is None or seen == known else None
+        return known if seen is None else seen
 
     def note_sizes(self, sizes: Sequence[int]) -> None:
         """Remember sizes of axes that are not the batch's."""
@@ -481,17 +512,23 @@ def _is_transformed() -> bool:
 
 
 def _flattened(x: Tensor, batch: int, rows: int) -> int | None:
-    """The batch's axis, 0 or 1, in the tensor of which x is a view with its first two axes merged.
+    """The batch's axis, 0 or 1, in the tensor of which x is a view with its first axes merged.
 
     None where that cannot be seen: the order of the rows is then anybody's guess.
     """
-    if torch.compiler.is_compiling() or rows == batch:
+    if rows == batch:
         return None
-    sizes = getattr(x.grad_fn, "_saved_self_sym_sizes", None)  # of a view's argument
-    if sizes is None and x._base is not None and x.is_contiguous() and x._base.is_contiguous():
-        sizes = x._base.shape
-    axes = {(batch, rows): 0, (rows, batch): 1}
-    return None if sizes is None else axes.get(tuple(sizes[:2]))
+    sizes = None
+    if x.grad_fn is not None:
+        if x.grad_fn.name() in ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"):
+            sizes = tuple(x.grad_fn._saved_self_sym_sizes)
+    elif x._base is not None and x.is_contiguous() and x._base.is_contiguous():
+        sizes = tuple(x._base.shape)
+    if not sizes:
+        return None
+    if sizes[0] == batch and batch * rows in accumulate(sizes, mul):
+        return 0
+    return 1 if sizes[:2] == (rows, batch) else None
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
