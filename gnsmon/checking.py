@@ -128,10 +128,11 @@ def check(model: nn.Module, loss: Callable[[Any, Any], Tensor], batch: Any) -> C
     gradients = list(per_example_gradients(model, loss, batch))
     collector = PerExample(model, ["pepgns", "sogns"], strict=True)
     try:
-        for _ in range(2):  # the first pass finds layers that are called twice
+        # Two examples first: that finds layers that are called twice, and shows the batch's axis.
+        for part in (tree_map(_first_two, batch), batch):
             collector.arm(True)
             model.zero_grad()
-            loss(model, batch).backward()
+            loss(model, part).backward()
             norms = collector.close()
     finally:
         collector.remove()
@@ -163,6 +164,10 @@ def check(model: nn.Module, loss: Callable[[Any, Any], Tensor], batch: Any) -> C
 
 def _double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _first_two(value: Any) -> Any:
+    return value[:2] if isinstance(value, Tensor) and value.ndim else value
 
 
 def _expect_mean(model: nn.Module, gradients: list[dict[str, Tensor]]) -> None:
