@@ -111,22 +111,6 @@ def test_parametrized_weights_are_left_out_and_named():
     assert "bias" not in norms.missing
 
 
-def test_attention_that_bypasses_its_child_is_left_out_and_named():
-    class Attends(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-
-        def forward(self, x):
-            return self.attention(x, x, x)[0]
-
-    model = nn.Sequential(nn.Linear(4, 4), Attends()).double()
-    _, norms = collect(model, cases.energy, torch.randn(cases.B, 5, 4, dtype=torch.float64))
-    assert "MultiheadAttention has no rule" in norms.missing["1.attention.in_proj_weight"]
-    assert "forward was not called" in norms.missing["1.attention.out_proj.weight"]
-    assert "0.weight" not in norms.missing
-
-
 def test_inputs_by_keyword():
     class Keywords(nn.Module):
         def __init__(self):

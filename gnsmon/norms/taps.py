@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -14,6 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from gnsmon.norms.forms import Form
+from gnsmon.norms.replay import (
+    Call,
+    bypasses,
+    examples_at_a_time,
+    recorded,
+    refuse_replay,
+    replay,
+)
 from gnsmon.norms.rules import coupling, find_rule, refusal
 
 SqNorms = Callable[[Form], Tensor]  # form -> squared norms [B]
@@ -25,6 +33,8 @@ BATCH_FIRST = (
     nn.PReLU,
     nn.EmbeddingBag,
 )
+# Layers that say themselves which axis is the batch's.
+TOLD_BATCH_FIRST = (nn.MultiheadAttention, nn.RNNBase)
 ABSENT = float("-inf")  # in place of a sum of squares: the rule gave no gradient
 
 
@@ -64,6 +74,7 @@ class Layout:
     batch_dim: int = 0
     rows_per_example: int = 1
     serial: int = 0  # of the forward pass
+    call: Call | None = None  # of a layer without a rule
 
     def batch_first(self, tensor: Tensor) -> Tensor:
         """`tensor` with the rows of one example adjacent on the leading axis."""
@@ -78,20 +89,22 @@ class Layout:
 class LayerTap:
     """A forward hook on one layer; owns the probe that carries the layer's statistics out.
 
+    Without a rule, the layer is replayed.
+
     The probe is one vector: the number of examples; for every method and each of the layer's
     parameters the sum over examples of its squared norms, `ABSENT` where the rule gives none; and
     each parameter's `Form.sum_along`, to be compared with `.grad`.
     """
 
     def __init__(
-        self, taps: Taps, path: str, module: nn.Module, rule: Callable[..., dict[str, Form]]
+        self, taps: Taps, path: str, module: nn.Module, rule: Callable[..., dict[str, Form]] | None
     ):
         self.taps, self.path, self.module, self.rule = taps, path, module, rule
-        own = dict(module.named_parameters(recurse=False))
+        own = dict(module.named_parameters(recurse=rule is None))
         self.owned = list(own)
         self.names = [taps.canonical[id(p)] for p in own.values()]
         self.rows = {name: p.shape[0] if p.ndim else 1 for name, p in own.items()}
-        self.shared = any(taps.uses[name] > 1 for name in self.names)
+        self.shared = False  # whether a parameter is used more than once
         # A layer of the user's may save its own output; an alias would hide a change in place.
         self.saves_no_output = type(module).__module__.startswith("torch.nn.")
         self.reason: str | None = None  # why this layer is left out of the present measurement
@@ -105,7 +118,7 @@ class LayerTap:
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Tensor | None:
+    ) -> Any:
         """The tapped output, or None to leave the layer's output alone."""
         if module is not self.module or not torch.is_grad_enabled():
             return None
@@ -114,18 +127,41 @@ class LayerTap:
         always = _in_checkpoint()
         if not (always or self.taps.wanted or self.taps.active):
             return None
-        if not any(p.requires_grad for p in module.parameters(recurse=False)):
-            return None
-        if not isinstance(output, Tensor):
-            self.reason = f"{self.path}: output is a {type(output).__name__}, expected one tensor"
+        if not any(p.requires_grad for p in module.parameters(recurse=self.rule is None)):
             return None
         if _is_transformed():
             return None
-        x = _tensors(module, args, kwargs)
-        layout = self.taps.guarded(self._layout, x, output)
+        at, y = self._tapped(output)
+        if y is None:
+            return None
+        call, x = None, _tensors(module, args, kwargs)
+        if self.rule is None:
+            if torch.compiler.is_compiling():
+                self.reason = f"{self.path}: without a rule, it is not replayed in a compiled model"
+                return None
+            try:
+                call, x = recorded(args, kwargs, at, y.device)
+            except ValueError as error:
+                self.reason = f"{self.path}: {error}"
+                return None
+        layout = self.taps.guarded(self._layout, x, y)
         if layout is None and not always:
             return None
-        return _Tap.apply(output, self.probe, self, layout, *x)  # type: ignore[no-any-return]
+        if layout is not None and call is not None:
+            layout = replace(layout, call=call)
+        y = _Tap.apply(y, self.probe, self, layout, *x)
+        return y if at is None else type(output)((*output[:at], y, *output[at + 1 :]))
+
+    def _tapped(self, output: Any) -> tuple[int | None, Tensor | None]:
+        """The output tensor that is tapped, and where it is among several."""
+        if isinstance(output, Tensor):
+            return None, output
+        several = self.rule is None and type(output) in (tuple, list)
+        for i, t in enumerate(output if several else ()):
+            if isinstance(t, Tensor) and t.requires_grad:
+                return i, t
+        self.reason = f"{self.path}: output is a {type(output).__name__}, expected one tensor"
+        return None, None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Inert, ()
@@ -133,7 +169,9 @@ class LayerTap:
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The layer's parameters under their names in the model."""
         for own, name in self.pairs():
-            if isinstance(p := getattr(self.module, own, None), nn.Parameter):
+            owner, _, last = own.rpartition(".")
+            p = getattr(self.module.get_submodule(owner), last, None)
+            if isinstance(p, nn.Parameter):
                 yield name, p
 
     def pairs(self) -> Iterator[tuple[str, str]]:
@@ -156,7 +194,7 @@ class LayerTap:
 
     def _rows(self, x: tuple[Tensor, ...], output: Tensor) -> Layout | None:
         taps, sizes = self.taps, tuple(output.shape)
-        batch, dim = taps.batch, taps.batch_dim
+        batch, dim = taps.batch, self._batch_dim()
         serial = 0 if torch.compiler.is_compiling() else taps.serial
         if batch is None or not batch or len(sizes) <= dim or not x:
             self.reason = f"{self.path}: output has shape {list(sizes)}, without an example"
@@ -180,6 +218,10 @@ class LayerTap:
         )
         return None
 
+    def _batch_dim(self) -> int:
+        told = isinstance(self.module, TOLD_BATCH_FIRST)
+        return int(not self.module.batch_first) if told else self.taps.batch_dim
+
     def _doubt(self, x: Tensor, batch: int) -> str | None:
         """Why an axis of the batch's size may yet not be that of the batch."""
         if self._irregular:  # an expert that by chance was sent as many rows as there are examples
@@ -187,6 +229,8 @@ class LayerTap:
             return "its last input had another number of rows than the batch has examples"
         if any(x is t for t in self.taps.inputs) or isinstance(self.module, BATCH_FIRST):
             return None
+        if isinstance(self.module, TOLD_BATCH_FIRST):
+            return None if x.ndim == 3 else "its input has no batch axis"
         if isinstance(x, nn.Parameter) or any(x is b for b in self.taps.buffers):
             return "its input is a parameter or buffer, not data"
         if batch not in self.taps.inner:
@@ -239,16 +283,44 @@ class LayerTap:
         try:
             return self._statistics(ctx.saved_tensors, dy, layout)
         except Exception as error:
-            if self.taps.strict:
+            if self.taps.strict and self.rule is not None:
                 raise
-            self.reason = f"{self.path}: its rule failed: {type(error).__name__}: {error}"
+            what = "its rule" if self.rule is not None else "without a rule, and replaying it"
+            self.reason = f"{self.path}: {what} failed: {type(error).__name__}: {error}"
             return torch.zeros_like(self.probe)
 
     def _statistics(self, x: Sequence[Tensor], dy: Tensor, layout: Layout) -> Tensor:
+        if layout.call is not None:
+            return self._replayed(layout.call, x, dy, layout)
+        assert self.rule is not None
         inputs = [layout.batch_first(t) if t.ndim else t for t in x]
         forms = self.rule(
             self.module, inputs[0] if len(inputs) == 1 else tuple(inputs), layout.batch_first(dy)
         )
+        return self._vector(forms, layout)
+
+    def _replayed(self, call: Call, x: Sequence[Tensor], dy: Tensor, layout: Layout) -> Tensor:
+        """The statistics, which are sums over the examples, of a few examples at a time."""
+        rows = layout.rows_per_example
+        axis = layout.batch_dim if rows == 1 else 0
+        axes = [self._axis(t, axis, layout, first=i == 0) for i, t in enumerate(x)]
+        chunk = None if self.shared else rows * max(1, examples_at_a_time(self.module) // rows)
+        x = [_leading(t, at, layout) for t, at in zip(x, axes, strict=True)]
+        dy = _leading(dy, axis, layout)
+        total = torch.zeros_like(self.probe)
+        for forms in replay(self.module, call, x, axes, dy, axis, chunk=chunk):
+            count = next(len(form.grad) for form in forms.values()) // rows
+            total += self._vector(forms, replace(layout, batch=count))
+        return total
+
+    def _axis(self, t: Tensor, axis: int, layout: Layout, *, first: bool) -> int | None:
+        """Where a layer's input has the examples; None for what they have in common."""
+        if isinstance(self.module, nn.RNNBase) and not first:
+            return 1  # a state, whatever batch_first says
+        rows = layout.batch * layout.rows_per_example
+        return next((a for a in (axis, 0) if t.ndim > a and t.shape[a] == rows), None)
+
+    def _vector(self, forms: Mapping[str, Form], layout: Layout) -> Tensor:
         if layout.rows_per_example > 1:
             forms = {name: form.regroup(layout.batch) for name, form in forms.items()}
         if self.shared:
@@ -296,12 +368,6 @@ class Taps:
                 "layers are initialised"
             )
         self.canonical = {id(p): name for name, p in model.named_parameters()}
-        self.uses = Counter(
-            self.canonical[id(p)]
-            for module in model.modules()
-            for p in module._parameters.values()
-            if p is not None
-        )
         self.buffers = list(model.buffers())
         self.untapped: dict[str, str] = {}  # parameter -> why no rule gives its gradient
         self.wanted = self.active = False
@@ -310,8 +376,16 @@ class Taps:
         self._hooks = [
             model.register_forward_pre_hook(_Begin(self), with_kwargs=True, prepend=True)
         ]
+        self._bypassed: set[int] = set()  # layers whose parameters another's tap looks after
         for path, module in model.named_modules():
             self._tap(path, module)
+        self.uses = Counter(name for tap in self.layers for name in tap.names)
+        for tap in self.layers:
+            tap.shared = any(self.uses[name] > 1 for name in tap.names)
+            for name in tap.names:
+                # Held by a module without a tap too, as a masked language model's head does; the
+                # proof against .grad shows whether that one uses it.
+                self.untapped.pop(name, None)
         generator = torch.Generator().manual_seed(0)  # training's stream stays untouched
         self.directions = {
             name: _signs(p, generator) for tap in self.layers for name, p in tap.parameters()
@@ -325,14 +399,15 @@ class Taps:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             self._hooks.append(module.register_forward_hook(_Coupled(self, path)))
         own = dict(module.named_parameters(recurse=False))
-        if not own:
+        if not own or id(module) in self._bypassed:
             return
-        rule, why, kind = find_rule(module), refusal(module), type(module).__name__
-        if why is None and rule is None:
-            why = f"{kind} has no rule; write one with @gnsmon.rule({kind})"
-        if rule is None or why is not None:
+        rule, kind = find_rule(module), type(module).__name__
+        why = refusal(module) or (refuse_replay(module) if rule is None else None)
+        if why is not None:
             self.untapped |= {self.canonical[id(p)]: f"{path or kind}: {why}" for p in own.values()}
             return
+        if rule is None and bypasses(module):
+            self._bypassed |= {id(child) for child in module.modules()}
         tap = LayerTap(self, path or kind, module, rule)
         self.layers.append(tap)
         self._hooks.append(module.register_forward_hook(tap, with_kwargs=True, prepend=True))
@@ -492,6 +567,13 @@ def _flattened(x: Tensor, batch: int, rows: int) -> int | None:
         sizes = x._base.shape
     axes = {(batch, rows): 0, (rows, batch): 1}
     return None if sizes is None else axes.get(tuple(sizes[:2]))
+
+
+def _leading(t: Tensor, axis: int | None, layout: Layout) -> Tensor:
+    """`t` with the examples, or the rows of one example after the other, on the first axis."""
+    if axis is None:
+        return t
+    return layout.batch_first(t) if layout.rows_per_example > 1 else t.movedim(axis, 0)
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
