@@ -14,7 +14,6 @@ PARTLY = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # of what transformers imports
 @pytest.mark.parametrize("name", families.families())
 def test_a_family_is_right_where_it_is_covered(name):
     if name in families.HUGGING_FACE:

@@ -19,6 +19,14 @@ LARGEST = 2**26  # numbers in a module's parameters: the gradients of one exampl
 CHUNK_BYTES = 2**28  # of per-example gradients that live at a time
 # What can be given to forward a second time without a trace; a cache, say, would be changed.
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+CHANGES = "its forward changes a buffer, so a replay would not be the same"
+REFUSED = {  # what torch.func says (2.13), in plainer words
+    "randomness": (
+        "its forward draws random numbers, such as dropout in training mode, and a replay would "
+        "draw others"
+    ),
+    "mutate a captured Tensor": CHANGES,
+}
 
 
 @dataclass(frozen=True)
@@ -126,14 +134,12 @@ def replay(
             try:
                 found = each(copies, dy[part], *some)
             except RuntimeError as error:
-                if "randomness" not in str(error):
+                why = next((why for words, why in REFUSED.items() if words in str(error)), None)
+                if why is None:
                     raise
-                raise ValueError(
-                    "its forward draws random numbers, such as dropout in training mode, and a "
-                    "replay would draw others"
-                ) from error
+                raise ValueError(why) from error
         if versions != [b._version for b in buffers.values()]:
-            raise ValueError("its forward changes a buffer, so a replay may not be the same")
+            raise ValueError(CHANGES)
         yield {name.removeprefix("module."): Dense(grad) for name, grad in found.items()}
 
 

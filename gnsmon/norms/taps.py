@@ -105,8 +105,9 @@ class LayerTap:
         self.names = [taps.canonical[id(p)] for p in own.values()]
         self.rows = {name: p.shape[0] if p.ndim else 1 for name, p in own.items()}
         self.shared = False  # whether a parameter is used more than once
-        # A layer of the user's may save its own output; an alias would hide a change in place.
-        self.saves_no_output = type(module).__module__.startswith("torch.nn.")
+        # A layer of the user's, or cuDNN's LSTM, may save its own output; an alias would hide a
+        # change in place.
+        self.saves_no_output = rule is not None and type(module).__module__.startswith("torch.nn.")
         self.reason: str | None = None  # why this layer is left out of the present measurement
         self.half = False
         self.last_call = -1
@@ -212,6 +213,13 @@ class LayerTap:
             taps.flattened[rows] = order
             return Layout(batch, order, rows, serial)
         self._irregular = self._irregular or not _in_backward()
+        if sizes[dim] == 1:
+            self.reason = (
+                f"{self.path}: output has shape {list(sizes)}, one for all {batch} examples, so its "
+                "gradient comes already summed over them; give it a batch axis, as by "
+                f"positions.expand({batch}, -1)"
+            )
+            return None
         self.reason = (
             f"{self.path}: output has shape {list(sizes)}, expected {batch} examples on axis "
             f"{dim}; its batch axis is lost (summed, or merged with another in an unknown order)"
