@@ -203,6 +203,22 @@ class Padded(nn.Conv2d):
     """A subclass that inherits both forward and its parts."""
 
 
+class Windows(nn.Module):
+    """A layer on windows of two axes that are merged into the batch's, as in Swin."""
+
+    def __init__(self, order: list[int] | None = None):
+        super().__init__()
+        self.inside, self.layer, self.order = nn.Linear(3, 3), nn.Linear(3, 2), order
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 4, 10, 3]
+        parts = self.inside(x).view(len(x), 2, 2, 5, 2, 3).transpose(2, 3)
+        windows = parts.contiguous().view(-1, 2, 2, 3)
+        if self.order:
+            windows = windows.index_select(0, torch.tensor(self.order))
+        y = self.layer(windows.view(-1, 4, 3)).tanh()
+        return y.unflatten(0, (len(x), -1))
+
+
 class First(nn.Module):
     """A layer between two others, its first output, the examples on its axis `axis`."""
 

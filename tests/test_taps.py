@@ -111,6 +111,36 @@ def test_parametrized_weights_are_left_out_and_named():
     assert "bias" not in norms.missing
 
 
+def test_windows_of_two_axes_are_regrouped():
+    case = cases.case("windows", cases.Windows, cases.reals(4, 10, 3))
+    model, batch = case.make()
+    collector, norms = collect(model, case.loss, batch)
+    assert_equal(model, case, batch, norms, collector)
+    assert not norms.missing
+
+
+def test_windows_in_an_order_that_cannot_be_seen_are_left_out():
+    model = cases.Windows(torch.randperm(10 * cases.B).tolist()).double()
+    _, norms = collect(model, cases.energy, cases.reals(4, 10, 3)())
+    assert norms.missing.keys() == {"layer.weight", "layer.bias"}
+    assert "merged with another in an unknown order" in norms.missing["layer.weight"]
+
+
+def test_a_table_for_all_examples_is_left_out_with_advice():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.places = nn.Embedding(9, 4), nn.Embedding(7, 4)
+
+        def forward(self, ids):
+            return self.words(ids) + self.places(torch.arange(ids.shape[1])[None])
+
+    _, norms = collect(Positions().double(), cases.energy, cases.ids(9, 7)())
+    assert norms.missing.keys() == {"places.weight"}
+    assert "one for all 4 examples" in norms.missing["places.weight"]
+    assert "positions.expand(4, -1)" in norms.missing["places.weight"]
+
+
 def test_inputs_by_keyword():
     class Keywords(nn.Module):
         def __init__(self):

@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from math import prod
+from operator import mul
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ BATCH_FIRST = (
 )
 # Layers that say themselves which axis is the batch's.
 TOLD_BATCH_FIRST = (nn.MultiheadAttention, nn.RNNBase)
+VIEWS = ("ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0")
 ABSENT = float("-inf")  # in place of a sum of squares: the rule gave no gradient
 
 
@@ -215,8 +218,8 @@ class LayerTap:
         self._irregular = self._irregular or not _in_backward()
         if sizes[dim] == 1:
             self.reason = (
-                f"{self.path}: output has shape {list(sizes)}, one for all {batch} examples, so its "
-                "gradient comes already summed over them; give it a batch axis, as by "
+                f"{self.path}: output has shape {list(sizes)}, one for all {batch} examples, so "
+                "its gradient comes already summed over them; give it a batch axis, as by "
                 f"positions.expand({batch}, -1)"
             )
             return None
@@ -564,17 +567,26 @@ def _is_transformed() -> bool:
 
 
 def _flattened(x: Tensor, batch: int, rows: int) -> int | None:
-    """The batch's axis, 0 or 1, in the tensor of which x is a view with its first two axes merged.
+    """The batch's axis, 0 or 1, in the tensor of which x is a view with its first axes merged.
 
     None where that cannot be seen: the order of the rows is then anybody's guess.
     """
     if torch.compiler.is_compiling() or rows == batch:
         return None
-    sizes = getattr(x.grad_fn, "_saved_self_sym_sizes", None)  # of a view's argument
+    total, node = batch * rows, x.grad_fn
+    sizes = getattr(node, "_saved_self_sym_sizes", None)  # of a view's argument
+    while sizes and sizes[0] == total and node.name() in VIEWS:  # which left the first axis alone
+        node = node.next_functions[0][0]
+        sizes = getattr(node, "_saved_self_sym_sizes", None)
     if sizes is None and x._base is not None and x.is_contiguous() and x._base.is_contiguous():
         sizes = x._base.shape
-    axes = {(batch, rows): 0, (rows, batch): 1}
-    return None if sizes is None else axes.get(tuple(sizes[:2]))
+    if sizes is None:
+        return None
+    if tuple(sizes[:2]) == (rows, batch):
+        return 1
+    merged = list(accumulate(sizes, mul))  # examples, then windows in two axes, as Swin has them
+    among = merged.index(total) if total in merged else 0
+    return 0 if among and sizes[0] == batch and batch not in sizes[1 : among + 1] else None
 
 
 def _leading(t: Tensor, axis: int | None, layout: Layout) -> Tensor:
