@@ -129,7 +129,7 @@ def replay(
         with (
             _left_alone(module),
             torch.autocast(dy.device.type, dtype, enabled, cache_enabled=False),
-            sdpa_kernel(SDPBackend.MATH),  # the others have no batching rule (torch 2.13)
+            _plain_kernels(),
         ):
             try:
                 found = each(copies, dy[part], *some)
@@ -160,6 +160,18 @@ class _Forward(nn.Module):
             names = self.module._flat_weights_names
             self.module._flat_weights = [getattr(self.module, name) for name in names]
         return self.module.forward(*args, **kwargs)
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Without the fused kernels of attention and recurrent layers: vmap has no rule for them."""
+    one_dnn = torch._C._get_mkldnn_enabled()  # its public switch warns of other flags (torch 2.13)
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(one_dnn)
 
 
 @contextmanager
