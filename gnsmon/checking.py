@@ -122,6 +122,8 @@ def check(model: nn.Module, loss: Callable[[Any, Any], Tensor], batch: Any) -> C
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()
+        elif isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+            module.dropout = 0.0
     for path, module in model.named_modules():
         if why := coupling(module):
             raise ValueError(f"{path}: {why}")

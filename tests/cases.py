@@ -203,6 +203,119 @@ class Padded(nn.Conv2d):
     """A subclass that inherits both forward and its parts."""
 
 
+class Windows(nn.Module):
+    """A layer on windows of two axes that are merged into the batch's, as in Swin."""
+
+    def __init__(self, order: list[int] | None = None):
+        super().__init__()
+        self.inside, self.layer, self.order = nn.Linear(3, 3), nn.Linear(3, 2), order
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 4, 10, 3]
+        parts = self.inside(x).view(len(x), 2, 2, 5, 2, 3).transpose(2, 3)
+        windows = parts.contiguous().view(-1, 2, 2, 3)
+        if self.order:
+            windows = windows.index_select(0, torch.tensor(self.order))
+        y = self.layer(windows.view(-1, 4, 3)).tanh()
+        return y.unflatten(0, (len(x), -1))
+
+
+class First(nn.Module):
+    """A layer between two others, its first output, the examples on its axis `axis`."""
+
+    def __init__(self, layer: nn.Module, axis: int = 0, times: int = 1):
+        super().__init__()
+        self.inside, self.layer = nn.Linear(4, 4), layer
+        self.axis, self.times = axis, times
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inside(x)
+        for _ in range(self.times):
+            x = self.call(x.transpose(0, self.axis))
+            x = (x[0] if isinstance(x, tuple) else x).transpose(0, self.axis)
+        return x
+
+    def call(self, x: Tensor) -> Any:
+        return self.layer(x)
+
+
+class Attends(First):
+    """Self-attention, masked where it looks ahead and at the last position of some examples."""
+
+    def call(self, x: Tensor) -> Any:
+        first = x.transpose(0, self.axis)[:, :, 0]
+        ahead = torch.ones(first.shape[1], first.shape[1]).triu(1).bool()
+        padding = (first > 0) & (torch.arange(first.shape[1]) == first.shape[1] - 1)
+        return self.layer(x, x, x, key_padding_mask=padding, attn_mask=ahead)
+
+
+class Crosses(First):
+    """Attention to something of another length and width."""
+
+    def call(self, x: Tensor) -> Any:
+        seen = x.cumsum(1)[:, 1:, :3]
+        return self.layer(x, seen, value=seen, need_weights=False)
+
+
+class Starts(First):
+    """A recurrent layer with a state to start from."""
+
+    def call(self, x: Tensor) -> Any:
+        return self.layer(x, x[None, :, 0].tanh())
+
+
+class Steps(First):
+    """A cell, called for every position."""
+
+    def call(self, x: Tensor) -> Any:
+        state, states = None, []
+        for t in range(x.shape[1]):
+            state = self.layer(x[:, t], state)
+            states.append(state)
+        return torch.stack(states, 1)
+
+
+class ScaledTanh(nn.Module):
+    """A layer of the user's; its scale has no axes."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor, *, gain: float = 1.0) -> Tensor:
+        return self.scale * (gain * x + self.shift).tanh()
+
+
+class Rows(First):
+    """A layer of the user's on rows that are examples times positions."""
+
+    def call(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(0, 1), gain=2.0).unflatten(0, x.shape[:2])
+
+
+class TiedCustom(nn.Module):
+    """Two layers of the user's with one scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = ScaledTanh(), ScaledTanh()
+        self.second.scale = self.first.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).cumsum(1))
+
+
+class NamedByTwo(nn.Module):
+    """A head that also holds its layer's bias, without using it, as BERT's does."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Linear(4, 3)
+        self.bias = self.decoder.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(x)
+
+
 def network() -> nn.Module:
     """One layer of most kinds, on images."""
     return nn.Sequential(
@@ -341,6 +454,40 @@ NETWORKS = [
     case("twice, linear", lambda: Twice(nn.Linear(4, 4)), reals(3, 4)),
     case("twice, groups", lambda: Twice(nn.Conv1d(4, 4, 3, groups=2, padding=1)), reals(4, 5)),
     case("twice, norm", lambda: Twice(nn.LayerNorm(4)), reals(3, 4)),
+]
+
+ATTENTION = of(nn.MultiheadAttention, 4, 2, batch_first=True)
+REPLAYED = [
+    case("attention", lambda: Attends(ATTENTION()), reals(5, 4)),
+    case(
+        "attention, batch second",
+        lambda: Attends(nn.MultiheadAttention(4, 2, add_bias_kv=True, add_zero_attn=True), 1),
+        reals(5, 4),
+    ),
+    case(
+        "attention, cross",
+        lambda: Crosses(nn.MultiheadAttention(4, 2, batch_first=True, kdim=3, vdim=3)),
+        reals(5, 4),
+    ),
+    case("attention, twice", lambda: Attends(ATTENTION(), times=2), reals(5, 4)),
+    case("lstm", lambda: First(nn.LSTM(4, 3, batch_first=True)), reals(5, 4)),
+    case("lstm, batch second", lambda: First(nn.LSTM(4, 3), 1), reals(5, 4)),
+    case(
+        "lstm, all options",
+        lambda: First(nn.LSTM(4, 3, 2, batch_first=True, bidirectional=True, proj_size=2)),
+        reals(5, 4),
+    ),
+    case("gru, state", lambda: Starts(nn.GRU(4, 4, batch_first=True)), reals(5, 4)),
+    case(
+        "rnn, relu", lambda: First(nn.RNN(4, 3, nonlinearity="relu", batch_first=True)), reals(5, 4)
+    ),
+    case("gru cell", lambda: Steps(nn.GRUCell(4, 4)), reals(5, 4)),
+    case("custom", lambda: First(ScaledTanh()), reals(5, 4)),
+    case("custom, twice", lambda: First(ScaledTanh(), times=2), reals(5, 4)),
+    case("custom, rows", lambda: Rows(ScaledTanh()), reals(5, 4)),
+    case("custom, tied", TiedCustom, reals(5, 4)),
+    case("custom, frozen", frozen(lambda: First(ScaledTanh()), "layer.scale"), reals(5, 4)),
+    case("held by two", NamedByTwo, reals(5, 4)),
 ]
 
 CASES = LAYERS + NETWORKS

@@ -71,13 +71,28 @@ def test_losses_that_are_no_mean_are_refused(loss):
 
 
 def test_nothing_covered_fails():
-    class Scale(nn.Module):
+    class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
             self.by = nn.Parameter(torch.ones(3))
+            self.table = nn.Linear(1, 1)  # never called
 
         def forward(self, x):
             return x * self.by
 
-    with pytest.raises(ValueError, match=r"no rule; write one with @gnsmon\.rule\(Scale\)"):
-        gnsmon.check(Scale(), cases.energy, torch.randn(4, 3))
+    with pytest.raises(ValueError, match=r"write a rule with @gnsmon\.rule\(Scaled\)"):
+        gnsmon.check(Scaled(), cases.energy, torch.randn(4, 3))
+
+
+def test_attention_is_proven_without_its_dropout():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    result = gnsmon.check(Attends(), cases.energy, torch.randn(3, 5, 4))
+    assert result.passed
+    assert result.fraction == 1

@@ -452,9 +452,15 @@ class WithCustom(Tiny):
         return self.custom(super().body(x))
 
 
-def test_a_layer_without_a_rule_is_left_out_and_named_until_it_has_one(monkeypatch):
+def test_a_layer_without_a_rule_is_replayed():
     model, optimizer, batch = make(WithCustom)
-    assert_left_out(model, optimizer, batch, {"custom.scale"}, r"@gnsmon\.rule\(Custom\)")
+    with watch(model, optimizer) as gns:
+        plain(model, optimizer, batch)
+        assert_right(gns, model, batch)
+
+
+def test_a_rule_of_the_users(monkeypatch):
+    model, optimizer, batch = make(WithCustom)
 
     from gnsmon.norms import rules
 

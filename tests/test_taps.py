@@ -111,20 +111,34 @@ def test_parametrized_weights_are_left_out_and_named():
     assert "bias" not in norms.missing
 
 
-def test_attention_that_bypasses_its_child_is_left_out_and_named():
-    class Attends(nn.Module):
+def test_windows_of_two_axes_are_regrouped():
+    case = cases.case("windows", cases.Windows, cases.reals(4, 10, 3))
+    model, batch = case.make()
+    collector, norms = collect(model, case.loss, batch)
+    assert_equal(model, case, batch, norms, collector)
+    assert not norms.missing
+
+
+def test_windows_in_an_order_that_cannot_be_seen_are_left_out():
+    model = cases.Windows(torch.randperm(10 * cases.B).tolist()).double()
+    _, norms = collect(model, cases.energy, cases.reals(4, 10, 3)())
+    assert norms.missing.keys() == {"layer.weight", "layer.bias"}
+    assert "merged with another in an unknown order" in norms.missing["layer.weight"]
+
+
+def test_a_table_for_all_examples_is_left_out_with_advice():
+    class Positions(nn.Module):
         def __init__(self):
             super().__init__()
-            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.words, self.places = nn.Embedding(9, 4), nn.Embedding(7, 4)
 
-        def forward(self, x):
-            return self.attention(x, x, x)[0]
+        def forward(self, ids):
+            return self.words(ids) + self.places(torch.arange(ids.shape[1])[None])
 
-    model = nn.Sequential(nn.Linear(4, 4), Attends()).double()
-    _, norms = collect(model, cases.energy, torch.randn(cases.B, 5, 4, dtype=torch.float64))
-    assert "MultiheadAttention has no rule" in norms.missing["1.attention.in_proj_weight"]
-    assert "forward was not called" in norms.missing["1.attention.out_proj.weight"]
-    assert "0.weight" not in norms.missing
+    _, norms = collect(Positions().double(), cases.energy, cases.ids(9, 7)())
+    assert norms.missing.keys() == {"places.weight"}
+    assert "one for all 4 examples" in norms.missing["places.weight"]
+    assert "positions.expand(4, -1)" in norms.missing["places.weight"]
 
 
 def test_inputs_by_keyword():

@@ -419,6 +419,7 @@ class PerExample:
             return (
                 f"{tap.path}: its parameters have a gradient, but its forward was not called, or "
                 "only under a transform such as vmap, or compiled with its batch axis lost"
+                + ("; without a rule, it is not replayed in a compiled model" * (tap.rule is None))
             )
         if parts[name][0] == ABSENT:
             return f"the rule of {self._taps_of[name][0].path} gives it no gradient"

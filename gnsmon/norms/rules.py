@@ -9,6 +9,7 @@ sharded. It leaves out parameters that are None; frozen ones may stay in.
 from __future__ import annotations
 
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -28,14 +29,15 @@ class _Entry(NamedTuple):
     refuse: Refuse | None
 
 
-_TABLE: dict[type[nn.Module], _Entry] = {}
+_TABLE: dict[type[nn.Module] | str, _Entry] = {}
 
 
-def rule(*kinds: type[nn.Module], refuse: Refuse | None = None) -> Callable[[Rule], Rule]:
+def rule(*kinds: type[nn.Module] | str, refuse: Refuse | None = None) -> Callable[[Rule], Rule]:
     """Decorator that makes a function the rule of the layer types `kinds`; the last one counts.
 
     Args:
-        kinds: layer types. Subclasses take the rule over unless they override `forward`.
+        kinds: layer types. Subclasses take the rule over unless they override `forward`. A type
+            that is not to be imported is given by its full name, with wildcards if need be.
         refuse: layer -> the reason why, as it is set up, it has no per-example gradient, or None.
 
     Example:
@@ -63,17 +65,16 @@ def find_rule(module: nn.Module) -> Rule | None:
     """The rule of `module`'s type, or of the nearest base whose `forward` it still runs."""
     kind = type(module)
     for base in kind.__mro__:
-        if base in _TABLE and _same_forward(kind, base):
-            return _TABLE[base].rule
+        if (entry := _entry(base)) and _same_forward(kind, base):
+            return entry.rule
     return None
 
 
 def refusal(module: nn.Module) -> str | None:
     """Why `module`, as it is set up now, has no per-example gradient, and what to do; or None."""
     for base in type(module).__mro__:
-        if base in _TABLE:
-            refuse = _TABLE[base].refuse
-            return refuse(module) if refuse is not None else None
+        if entry := _entry(base):
+            return entry.refuse(module) if entry.refuse is not None else None
     return None
 
 
@@ -83,16 +84,32 @@ def coupling(module: nn.Module) -> str | None:
     return _batch_statistics(module) if batch_norm else None
 
 
+def _entry(kind: type) -> _Entry | None:
+    if kind in _TABLE:
+        return _TABLE[kind]
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    patterns = (key for key in _TABLE if isinstance(key, str) and fnmatchcase(name, key))
+    return next((_TABLE[key] for key in patterns), None)
+
+
 def _same_forward(kind: type, base: type) -> bool:
     methods = ("forward", "_conv_forward")
     return all(getattr(kind, name, None) is getattr(base, name, None) for name in methods)
 
 
-@rule(nn.Linear)
+# Falcon's overrides forward with the same product.
+@rule(nn.Linear, "transformers.models.falcon.*.FalconLinear")
 def linear(module: nn.Linear, x: Tensor, dy: Tensor) -> Forms:
     """Goodfellow 2015 for [B, I], its sum over positions for any rank."""
     dy, x = _positions(dy), _positions(x)
     return {"weight": Outer(dy, x.to(dy.dtype)), **_bias(module, dy, _to_last(1))}
+
+
+@rule("transformers.pytorch_utils.Conv1D")
+def hugging_face_conv1d(module: Any, x: Tensor, dy: Tensor) -> Forms:
+    """A linear layer with its weight laid out [in, out]; GPT-2's."""
+    dy, x = _positions(dy), _positions(x)
+    return {"weight": Outer(x.to(dy.dtype), dy, inputs="left"), **_bias(module, dy, _to_last(1))}
 
 
 @rule(nn.Bilinear)
@@ -156,6 +173,12 @@ def embedding(module: nn.Embedding, x: Tensor, dy: Tensor) -> Forms:
         padding = index == module.padding_idx % module.num_embeddings
         value = value.masked_fill(padding[..., None], 0)
     return {"weight": Rows(index, value, (module.num_embeddings, module.embedding_dim))}
+
+
+@rule("transformers.models.*ScaledWordEmbedding", refuse=_batch_frequency)
+def scaled_embedding(module: Any, x: Tensor, dy: Tensor) -> Forms:
+    """Embedding times a constant that it holds; BART's and Gemma's."""
+    return embedding(module, x, dy * module.embed_scale)
 
 
 def _bag_refusal(module: nn.EmbeddingBag) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from math import prod
@@ -16,6 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from gnsmon.norms.forms import Form
+from gnsmon.norms.replay import (
+    Call,
+    bypasses,
+    examples_at_a_time,
+    recorded,
+    refuse_replay,
+    replay,
+)
 from gnsmon.norms.rules import coupling, find_rule, refusal
 
 SqNorms = Callable[[Form], Tensor]  # form -> squared norms [B]
@@ -27,6 +35,9 @@ BATCH_FIRST = (
     nn.PReLU,
     nn.EmbeddingBag,
 )
+# Layers that say themselves which axis is the batch's.
+TOLD_BATCH_FIRST = (nn.MultiheadAttention, nn.RNNBase)
+VIEWS = ("ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0")
 ABSENT = float("-inf")  # in place of a sum of squares: the rule gave no gradient
 
 
@@ -66,6 +77,7 @@ class Layout:
     batch_dim: int = 0
     rows_per_example: int = 1
     serial: int = 0  # of the forward pass
+    call: Call | None = None  # of a layer without a rule
 
     def batch_first(self, tensor: Tensor) -> Tensor:
         """`tensor` with the rows of one example adjacent on the leading axis."""
@@ -80,24 +92,27 @@ class Layout:
 class LayerTap:
     """A forward hook on one layer; owns the probe that carries the layer's statistics out.
 
+    Without a rule, the layer is replayed.
+
     The probe is one vector: the number of examples; for every method and each of the layer's
     parameters the sum over examples of its squared norms, `ABSENT` where the rule gives none; and
     each parameter's `Form.sum_along`, to be compared with `.grad`.
     """
 
     def __init__(
-        self, taps: Taps, path: str, module: nn.Module, rule: Callable[..., dict[str, Form]]
+        self, taps: Taps, path: str, module: nn.Module, rule: Callable[..., dict[str, Form]] | None
     ):
         self.taps, self.path, self.module, self.rule = taps, path, module, rule
-        own = dict(module.named_parameters(recurse=False))
+        own = dict(module.named_parameters(recurse=rule is None))
         self.owned = list(own)
         self.names = [taps.canonical[id(p)] for p in own.values()]
         self.rows = {name: p.shape[0] if p.ndim else 1 for name, p in own.items()}
         # By the layer's own names: a name of the model's would compile each block anew.
         self.directions = {name: _signs(p, taps.generator) for name, p in own.items()}
-        self.shared = any(taps.uses[name] > 1 for name in self.names)
-        # A layer of the user's may save its own output; an alias would hide a change in place.
-        self.saves_no_output = type(module).__module__.startswith("torch.nn.")
+        self.shared = False  # whether a parameter is used more than once
+        # A layer of the user's, or cuDNN's LSTM, may save its own output; an alias would hide a
+        # change in place.
+        self.saves_no_output = rule is not None and type(module).__module__.startswith("torch.nn.")
         self.reason: str | None = None  # why this layer is left out of the present measurement
         self.half = False
         self.last_call = -1
@@ -109,7 +124,7 @@ class LayerTap:
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Tensor | None:
+    ) -> Any:
         """The tapped output, or None to leave the layer's output alone."""
         if module is not self.module or not torch.is_grad_enabled():
             return None
@@ -118,18 +133,40 @@ class LayerTap:
         always = _in_checkpoint()
         if not (always or self.taps.wanted or self.taps.active):
             return None
-        if not any(p.requires_grad for p in module.parameters(recurse=False)):
-            return None
-        if not isinstance(output, Tensor):
-            self._leave_out(f"output is a {type(output).__name__}, expected one tensor")
+        if not any(p.requires_grad for p in module.parameters(recurse=self.rule is None)):
             return None
         if _is_transformed() or coupling(module):
             return None
-        x = _tensors(module, args, kwargs)
-        layout = self.taps.guarded(self._layout, x, output)
+        at, y = self._tapped(output)
+        if y is None:
+            return None
+        call, x = None, _tensors(module, args, kwargs)
+        if self.rule is None:
+            if torch.compiler.is_compiling():
+                return None  # a layer without a rule is not replayed in a compiled graph
+            try:
+                call, x = recorded(args, kwargs, at, y.device)
+            except ValueError as error:
+                self._leave_out(str(error))
+                return None
+        layout = self.taps.guarded(self._layout, x, y)
         if layout is None and not always:
             return None
-        return _Tap.apply(output, self.probe, self, layout, *x)  # type: ignore[no-any-return]
+        if layout is not None and call is not None:
+            layout = replace(layout, call=call)
+        y = _Tap.apply(y, self.probe, self, layout, *x)
+        return y if at is None else type(output)((*output[:at], y, *output[at + 1 :]))
+
+    def _tapped(self, output: Any) -> tuple[int | None, Tensor | None]:
+        """The output tensor that is tapped, and where it is among several."""
+        if isinstance(output, Tensor):
+            return None, output
+        several = self.rule is None and type(output) in (tuple, list)
+        for i, t in enumerate(output if several else ()):
+            if isinstance(t, Tensor) and t.requires_grad:
+                return i, t
+        self._leave_out(f"output is a {type(output).__name__}, expected one tensor")
+        return None, None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Inert, ()
@@ -137,7 +174,9 @@ class LayerTap:
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The layer's parameters under their names in the model."""
         for own, name in self.pairs():
-            if isinstance(p := getattr(self.module, own, None), nn.Parameter):
+            owner, _, last = own.rpartition(".")
+            p = getattr(self.module.get_submodule(owner), last, None)
+            if isinstance(p, nn.Parameter):
                 yield name, p
 
     def pairs(self) -> Iterator[tuple[str, str]]:
@@ -178,7 +217,7 @@ class LayerTap:
 
     def _rows(self, x: tuple[Tensor, ...], output: Tensor) -> Layout | None:
         taps, sizes = self.taps, tuple(output.shape)
-        batch, dim, serial = taps.batch, taps.batch_dim, taps.serial
+        batch, dim, serial = taps.batch, self._batch_dim(), taps.serial
         if not batch or len(sizes) <= dim or not x:
             self._leave_out(f"output has shape {list(sizes)}, without an example")
             return None
@@ -193,11 +232,22 @@ class LayerTap:
         if rows * batch == sizes[0] and (order := taps.order(x[0], rows)) is not None:
             return Layout(batch, order, rows, serial)
         self._irregular = self._irregular or not _in_backward()
+        if sizes[dim] == 1:
+            self._leave_out(
+                f"output has shape {list(sizes)}, one for all {batch} examples, so its gradient "
+                "comes already summed over them; give it a batch axis, as by "
+                f"positions.expand({batch}, -1)"
+            )
+            return None
         self._leave_out(
             f"output has shape {list(sizes)}, expected {batch} examples on axis {dim}; its batch "
             "axis is lost (summed, or merged with another in an unknown order)"
         )
         return None
+
+    def _batch_dim(self) -> int:
+        told = isinstance(self.module, TOLD_BATCH_FIRST)
+        return int(not self.module.batch_first) if told else self.taps.batch_dim
 
     def _doubt(self, x: Tensor, batch: int) -> str | None:
         """Why an axis of the batch's size may yet not be that of the batch."""
@@ -206,6 +256,8 @@ class LayerTap:
             return "its last input had another number of rows than the batch has examples"
         if any(x is t for t in self.taps.inputs) or isinstance(self.module, BATCH_FIRST):
             return None
+        if isinstance(self.module, TOLD_BATCH_FIRST):
+            return None if x.ndim == 3 else "its input has no batch axis"
         if isinstance(x, nn.Parameter) or any(x is b for b in self.taps.model.buffers()):
             return "its input is a parameter or buffer, not data"
         if batch not in self.taps.inner:
@@ -251,16 +303,44 @@ class LayerTap:
         try:
             return self._statistics(ctx.saved_tensors, dy, layout)
         except Exception as error:
-            if self.taps.strict:
+            if self.taps.strict and self.rule is not None:
                 raise
-            self._leave_out(f"its rule failed: {type(error).__name__}: {error}")
+            what = "its rule" if self.rule is not None else "without a rule, and replaying it"
+            self._leave_out(f"{what} failed: {type(error).__name__}: {error}")
             return torch.zeros_like(self.probe)
 
     def _statistics(self, x: Sequence[Tensor], dy: Tensor, layout: Layout) -> Tensor:
+        if layout.call is not None:
+            return self._replayed(layout.call, x, dy, layout)
+        assert self.rule is not None
         inputs = [layout.batch_first(t) if t.ndim else t for t in x]
         forms = self.rule(
             self.module, inputs[0] if len(inputs) == 1 else tuple(inputs), layout.batch_first(dy)
         )
+        return self._vector(forms, layout)
+
+    def _replayed(self, call: Call, x: Sequence[Tensor], dy: Tensor, layout: Layout) -> Tensor:
+        """The statistics, which are sums over the examples, of a few examples at a time."""
+        rows = layout.rows_per_example
+        axis = layout.batch_dim if rows == 1 else 0
+        axes = [self._axis(t, axis, layout, first=i == 0) for i, t in enumerate(x)]
+        chunk = None if self.shared else rows * max(1, examples_at_a_time(self.module) // rows)
+        x = [_leading(t, at, layout) for t, at in zip(x, axes, strict=True)]
+        dy = _leading(dy, axis, layout)
+        total = torch.zeros_like(self.probe)
+        for forms in replay(self.module, call, x, axes, dy, axis, chunk=chunk):
+            count = next(len(form.grad) for form in forms.values()) // rows
+            total += self._vector(forms, replace(layout, batch=count))
+        return total
+
+    def _axis(self, t: Tensor, axis: int, layout: Layout, *, first: bool) -> int | None:
+        """Where a layer's input has the examples; None for what they have in common."""
+        if isinstance(self.module, nn.RNNBase) and not first:
+            return 1  # a state, whatever batch_first says
+        rows = layout.batch * layout.rows_per_example
+        return next((a for a in (axis, 0) if t.ndim > a and t.shape[a] == rows), None)
+
+    def _vector(self, forms: Mapping[str, Form], layout: Layout) -> Tensor:
         if layout.rows_per_example > 1:
             forms = {name: form.regroup(layout.batch) for name, form in forms.items()}
         if self.shared:
@@ -308,12 +388,6 @@ class Taps:
                 "layers are initialised"
             )
         self.canonical = {id(p): name for name, p in model.named_parameters()}
-        self.uses = Counter(
-            self.canonical[id(p)]
-            for module in model.modules()
-            for p in module._parameters.values()
-            if p is not None
-        )
         self.generator = torch.Generator().manual_seed(0)  # training's stream stays untouched
         self.untapped: dict[str, str] = {}  # parameter -> why no rule gives its gradient
         self.wanted = self.active = False
@@ -322,8 +396,16 @@ class Taps:
         self._hooks = [
             model.register_forward_pre_hook(_Begin(self), with_kwargs=True, prepend=True)
         ]
+        self._bypassed: set[int] = set()  # layers whose parameters another's tap looks after
         for path, module in model.named_modules():
             self._tap(path, module)
+        self.uses = Counter(name for tap in self.layers for name in tap.names)
+        for tap in self.layers:
+            tap.shared = any(self.uses[name] > 1 for name in tap.names)
+            for name in tap.names:
+                # Held by a module without a tap too, as a masked language model's head does; the
+                # proof against .grad shows whether that one uses it.
+                self.untapped.pop(name, None)
         self.directions = {
             name: tap.directions[own] for tap in self.layers for own, name in tap.pairs()
         }
@@ -337,14 +419,15 @@ class Taps:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             self._hooks.append(module.register_forward_hook(_Coupled(self, path)))
         own = dict(module.named_parameters(recurse=False))
-        if not own:
+        if not own or id(module) in self._bypassed:
             return
-        rule, why, kind = find_rule(module), refusal(module), type(module).__name__
-        if why is None and rule is None:
-            why = f"{kind} has no rule; write one with @gnsmon.rule({kind})"
-        if rule is None or why is not None:
+        rule, kind = find_rule(module), type(module).__name__
+        why = refusal(module) or (refuse_replay(module) if rule is None else None)
+        if why is not None:
             self.untapped |= {self.canonical[id(p)]: f"{path or kind}: {why}" for p in own.values()}
             return
+        if rule is None and bypasses(module):
+            self._bypassed |= {id(child) for child in module.modules()}
         tap = LayerTap(self, path or kind, module, rule)
         self.layers.append(tap)
         self._hooks.append(module.register_forward_hook(tap, with_kwargs=True, prepend=True))
@@ -518,17 +601,29 @@ def _flattened(x: Tensor, batch: int, rows: int) -> int | None:
     """
     if rows == batch:
         return None
-    sizes = None
-    if x.grad_fn is not None:
-        if x.grad_fn.name() in ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"):
-            sizes = tuple(x.grad_fn._saved_self_sym_sizes)
-    elif x._base is not None and x.is_contiguous() and x._base.is_contiguous():
-        sizes = tuple(x._base.shape)
+    total, node, sizes = batch * rows, x.grad_fn, None
+    while node is not None and node.name() in VIEWS:
+        sizes = tuple(node._saved_self_sym_sizes)  # of the view's argument
+        if sizes[0] != total:
+            break
+        node = node.next_functions[0][0]  # a view that left the first axis alone
+    base = x._base if x.grad_fn is None else None
+    if base is not None and x.is_contiguous() and base.is_contiguous():
+        sizes = tuple(base.shape)
     if not sizes:
         return None
-    if sizes[0] == batch and batch * rows in accumulate(sizes, mul):
-        return 0
-    return 1 if sizes[:2] == (rows, batch) else None
+    if sizes[:2] == (rows, batch):
+        return 1
+    merged = list(accumulate(sizes, mul))  # examples, then windows in two axes, as Swin has them
+    among = merged.index(total) if total in merged else 0
+    return 0 if among and sizes[0] == batch and batch not in sizes[1 : among + 1] else None
+
+
+def _leading(t: Tensor, axis: int | None, layout: Layout) -> Tensor:
+    """`t` with the examples, or the rows of one example after the other, on the first axis."""
+    if axis is None:
+        return t
+    return layout.batch_first(t) if layout.rows_per_example > 1 else t.movedim(axis, 0)
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
