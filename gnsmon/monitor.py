@@ -25,7 +25,8 @@ from torch.optim import Optimizer
 
 from gnsmon.advice import Advice, advise
 from gnsmon.collectors.groups import group_of
-from gnsmon.collectors.per_example import UNUSED, PerExample, Skipped, StepNorms
+from gnsmon.collectors.per_example import PerExample
+from gnsmon.collectors.step import UNUSED, Skipped, StepNorms
 from gnsmon.config import MonitorConfig, load, parse_half_life
 from gnsmon.estimators import Estimator, GroupReading, NormPair, Raw, Reading, obstacle
 from gnsmon.estimators.values import SCHEMA, Array

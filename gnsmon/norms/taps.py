@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gnsmon.norms.forms import Form
+from gnsmon.norms.inputs import Announce, Inert, in_backward, is_transformed, read_batch
 from gnsmon.norms.rules import coupling, find_rule, refusal
 
 SqNorms = Callable[[Form], Tensor]  # form -> squared norms [B]
@@ -119,7 +120,7 @@ class LayerTap:
         if not isinstance(output, Tensor):
             self.reason = f"{self.path}: output is a {type(output).__name__}, expected one tensor"
             return None
-        if _is_transformed():
+        if is_transformed():
             return None
         x = _tensors(module, args, kwargs)
         layout = self.taps.guarded(self._layout, x, output)
@@ -128,7 +129,7 @@ class LayerTap:
         return _Tap.apply(output, self.probe, self, layout, *x)  # type: ignore[no-any-return]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Inert, ()
+        return Inert, ()
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The layer's parameters under their names in the model."""
@@ -173,7 +174,7 @@ class LayerTap:
         if rows > 1 and rows * batch == sizes[0] and order is not None:
             taps.flattened[rows] = order
             return Layout(batch, order, rows, serial)
-        self._irregular = self._irregular or not _in_backward()
+        self._irregular = self._irregular or not in_backward()
         self.reason = (
             f"{self.path}: output has shape {list(sizes)}, expected {batch} examples on axis "
             f"{dim}; its batch axis is lost (summed, or merged with another in an unknown order)"
@@ -183,7 +184,7 @@ class LayerTap:
     def _doubt(self, x: Tensor, batch: int) -> str | None:
         """Why an axis of the batch's size may yet not be that of the batch."""
         if self._irregular:  # an expert that by chance was sent as many rows as there are examples
-            self._irregular = _in_backward()
+            self._irregular = in_backward()
             return "its last input had another number of rows than the batch has examples"
         if any(x is t for t in self.taps.inputs) or isinstance(self.module, BATCH_FIRST):
             return None
@@ -214,7 +215,7 @@ class LayerTap:
                     "the uses cannot be joined"
                 )
             return not self.shared
-        if _in_backward():  # a checkpoint computes again: that is not another use
+        if in_backward():  # a checkpoint computes again: that is not another use
             return True
         if self.last_call == self.taps.serial and not self.taps.rooted:
             self.reason = (
@@ -308,7 +309,9 @@ class Taps:
         self.rooted = True  # the model's own forward is called, not only its layers'
         self.layers: list[LayerTap] = []
         self._hooks = [
-            model.register_forward_pre_hook(_Begin(self), with_kwargs=True, prepend=True)
+            model.register_forward_pre_hook(
+                Announce(model, partial(self.guarded, self.begin)), with_kwargs=True, prepend=True
+            )
         ]
         for path, module in model.named_modules():
             self._tap(path, module)
@@ -387,22 +390,20 @@ class Taps:
         self.active, self.rooted = self.wanted, True
         if not self.wanted:
             return
-        self.inputs = list(_tensors_in((args, kwargs)))
-        carriers = [t for t in self.inputs if t.ndim > self.batch_dim and t.numel()]
-        self._begin_pass(carriers[0].shape[self.batch_dim] if carriers else None)
-        for t in carriers:
+        found = read_batch(args, kwargs, self.batch_dim)
+        self.inputs, self.tokens = found.inputs, found.tokens
+        self._begin_pass(found.size)
+        for t in found.carriers:
             sequence = t.ndim in (3, 5) if t.is_floating_point() else t.ndim == 2
             if sequence and t.shape[self.batch_dim] == self.batch:
                 self.note_sizes(t.shape[1 - self.batch_dim : 2 - self.batch_dim])
-        ids = [t for t in carriers if t.ndim == 2 and not t.is_floating_point()]
-        self.tokens = ids[0].numel() if ids else None
         if self.weigh is not None:
             self.weights = torch.as_tensor(self.weigh(*args, **kwargs))
 
     def notice_layer(self, output: Tensor) -> None:
         """A layer was called; where no forward of the model announced it, begin with its batch."""
         compiling = torch.compiler.is_compiling()
-        if self.wanted and self.stale and (compiling or not _in_backward()):
+        if self.wanted and self.stale and (compiling or not in_backward()):
             self.active, self.rooted, self.inputs, self.tokens = True, False, [], None
             self._begin_pass(output.shape[self.batch_dim] if output.ndim > self.batch_dim else None)
         elif self.batch is None and output.ndim > self.batch_dim:
@@ -424,20 +425,6 @@ class Taps:
                 self.inner = (*self.inner, size)
 
 
-class _Begin:
-    """The hook that tells `Taps` of a forward of the whole model."""
-
-    def __init__(self, taps: Taps):
-        self.taps = taps
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is self.taps.model and torch.is_grad_enabled() and not _is_transformed():
-            self.taps.guarded(self.taps.begin, args, kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Inert, ()
-
-
 class _Coupled:
     """The hook on a layer that may normalise by the batch."""
 
@@ -449,18 +436,7 @@ class _Coupled:
             self.taps.coupled = f"{self.path}: {why}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Inert, ()
-
-
-class _Inert:
-    """What a copy of a tapped model has in place of hooks: it must not feed this monitor."""
-
-    def __call__(self, *_: Any) -> None:
-        return None
-
-
-def _in_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        return Inert, ()
 
 
 def _in_checkpoint() -> bool:
@@ -469,15 +445,6 @@ def _in_checkpoint() -> bool:
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
-
-
-def _is_transformed() -> bool:
-    """Whether a transform runs the model, under which an autograd.Function needs more rules."""
-    return not torch.compiler.is_compiling() and (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
-    )
 
 
 def _flattened(x: Tensor, batch: int, rows: int) -> int | None:
@@ -492,23 +459,6 @@ def _flattened(x: Tensor, batch: int, rows: int) -> int | None:
         sizes = x._base.shape
     axes = {(batch, rows): 0, (rows, batch): 1}
     return None if sizes is None else axes.get(tuple(sizes[:2]))
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested arguments, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, nn.utils.rnn.PackedSequence):
-        raise ValueError("examples cannot be told apart in a PackedSequence; pass padded sequences")
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors_in(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors_in(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from _tensors_in(getattr(value, field.name))
 
 
 def _tensors(
