@@ -16,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Method = Literal["pepgns", "sogns"]
+Method = Literal["pepgns", "sogns", "microbatch", "subbatch"]
 HALF_LIFE = re.compile(
     r"\s*(\d+(?:[,_]\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?)\s*([kMG]?)\s*(steps|examples|tokens)\s*"
 )

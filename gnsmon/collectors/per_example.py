@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gnsmon.collectors.backward import Backwards, exactly
 from gnsmon.collectors.step import (
     HALF_TOLERANCE,
+    NO_TAP,
     SEVERAL,
     TOLERANCE,
     UNUSED,
@@ -155,8 +156,7 @@ class PerExample:
         self._big, self._along = {}, {}
         for name, p in self.model.named_parameters():
             if p.grad is not None and p.requires_grad:
-                gradient = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
-                self._big[name] = square_sum(gradient)
+                self._big[name] = square_sum(p.grad)
                 if name in taps.directions:
                     self._along[name] = _along(p.grad, taps.directions[name])
 
@@ -278,7 +278,7 @@ class PerExample:
         if reasons := [why for why in known if why]:
             return Skipped("nothing measured", reasons[0])
         return Skipped(
-            "no tap fired",
+            NO_TAP,
             "a step was taken, but no layer reported a gradient. Was the model compiled and called "
             "before attach (attach first, or call torch._dynamo.reset())? Is another model "
             "trained? Do the gradients come from torch.autograd.grad?",

@@ -42,6 +42,8 @@ class Skipped:
     detail: str  # one sentence for a person
 
 
+# Reasons to skip a step whose gradients another optimizer's step may have closed already.
+NO_TAP, NO_BACKWARD = "no tap fired", "no backward"
 UNUSED = "no gradient in this step"
 SEVERAL = Skipped(
     "several passes",
@@ -73,6 +75,7 @@ def wide(tensor: Tensor) -> torch.dtype:
 
 def square_sum(gradient: Tensor) -> Tensor:
     """Sum of the squares."""
+    gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
     return gradient.detach().to(wide(gradient)).square().sum()
 
 
