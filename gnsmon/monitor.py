@@ -78,7 +78,7 @@ class _Source:
     """A collector and how its measurements have gone."""
 
     collector: Collector
-    methods: list[str]
+    methods: Sequence[str]
     last: StepNorms | None = None
     last_step: int | None = None
     faults: int = 0  # in a row
@@ -126,7 +126,8 @@ def attach(
         weights: for losses that weigh examples unequally (a mean over tokens of sequences of
             unequal length): called with the arguments of the model's forward, gives a weight for
             each example, [B], up to a factor that is the same throughout an optimizer step.
-            Integers are taken as counts of tokens. See also `Monitor.weigh`.
+            Integers are taken as counts of tokens. See also `Monitor.weigh`. Microbatches weigh
+            what their examples do.
         config: a `MonitorConfig` or a TOML file of its settings.
         settings: any field of `MonitorConfig`, over those of `config`.
 
@@ -523,7 +524,11 @@ def _sources(
     model: nn.Module, config: MonitorConfig, weights: Callable[..., Tensor] | None
 ) -> list[_Source]:
     """One collector for all methods that share the taps, and one for each other method."""
-    options = {"batch_dim": config.batch_dim, "weigh": weights, "strict": config.strict}
+    options: dict[str, Any] = {
+        "batch_dim": config.batch_dim,
+        "weigh": weights,
+        "strict": config.strict,
+    }
     tapped = [method for method in config.method if method in per_example.METHODS]
     sources = {
         method: _Source(microbatch.Microbatch(model, method, **options), [method])

@@ -115,6 +115,7 @@ class Microbatch:
         self.wanted = False
         self.names = [name for name, _ in model.named_parameters()]
         self.untapped: dict[str, str] = {}
+        self._by_hand: Tensor | None = None
         self._batch_dim, self._weigh = batch_dim, weigh
         self._backwards = Backwards(
             model, ended=self._land, discarded=lambda: self._parts.clear(), strict=strict
@@ -174,7 +175,7 @@ class Microbatch:
         self._batch: int | None = None
         self._tokens: int | None = None
         self._weights: Tensor | None = None
-        self._by_hand: Tensor | None = None
+        self._by_hand = None
 
     def _install(self) -> None:
         """Hooks on all trainable parameters, those that were added or thawed lately too."""

@@ -238,7 +238,7 @@ def _batch_statistics(module: Any) -> str | None:
         return None
     return (
         "batch statistics make each example's loss depend on the other examples, so a per-example "
-        "gradient does not exist; accumulate microbatches and use method='microbatch', or GroupNorm "
+        "gradient does not exist; use method='microbatch' with gradient accumulation, GroupNorm "
         "or LayerNorm, or put the layer in eval mode, where it takes its running statistics"
     )
 
