@@ -14,7 +14,8 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from gnsmon.collectors.per_example import PerExample, Skipped
+from gnsmon.collectors.per_example import PerExample
+from gnsmon.collectors.step import Skipped
 from gnsmon.norms.oracles import per_example_gradients
 from gnsmon.norms.rules import coupling
 

@@ -16,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Method = Literal["pepgns", "sogns"]
+Method = Literal["pepgns", "sogns", "microbatch", "subbatch"]
 HALF_LIFE = re.compile(
     r"\s*(\d+(?:[,_]\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?)\s*([kMG]?)\s*(steps|examples|tokens)\s*"
 )
@@ -29,7 +29,11 @@ class MonitorConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     method: list[Method] = Field(["pepgns"], min_length=1)
-    """Sources of the small-batch norms, each its own reading; advice is given on the first."""
+    """Sources of the small-batch norms, each its own reading; advice is given on the first.
+
+    Examples: "pepgns" (exact), "sogns" (approximate). Microbatches of gradient accumulation, for
+    any model: "microbatch" (all), "subbatch" (the first against the whole step).
+    """
     every: int = Field(10, ge=1)
     """Measure one optimizer step in this many."""
     decay: float | None = Field(None, gt=0, lt=1)

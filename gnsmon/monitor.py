@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gnsmon.advice import Advice, advise
+from gnsmon.collectors import microbatch, per_example
 from gnsmon.collectors.groups import group_of
-from gnsmon.collectors.per_example import UNUSED, PerExample, Skipped, StepNorms
+from gnsmon.collectors.step import NO_BACKWARD, NO_TAP, UNUSED, Skipped, StepNorms
 from gnsmon.config import MonitorConfig, load, parse_half_life
 from gnsmon.estimators import Estimator, GroupReading, NormPair, Raw, Reading, obstacle
 from gnsmon.estimators.values import SCHEMA, Array
@@ -40,6 +41,52 @@ class Scaler(Protocol):
 
     def get_scale(self) -> float:
         """The factor on the loss."""
+
+
+class Collector(Protocol):
+    """Makes norms of each optimizer step, by one or several methods in one pass."""
+
+    names: list[str]  # of all parameters, in the order of the norms
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the present step is to be measured."""
+
+    @property
+    def pending(self) -> bool:
+        """Whether a backward has been measured since the last step."""
+
+    @property
+    def untapped(self) -> Mapping[str, str]:
+        """Parameters that are known not to be measured before any step, and why."""
+
+    def arm(self, measure: bool) -> None:
+        """Measure the next step, or let it pass."""
+
+    def weigh(self, weights: Tensor) -> None:
+        """Weigh the examples of the batch whose backward comes next."""
+
+    def close(self) -> StepNorms | Skipped | None:
+        """The step's norms; None when it was not to be measured."""
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+
+
+@dataclass
+class _Source:
+    """A collector and how its measurements have gone."""
+
+    collector: Collector
+    methods: Sequence[str]
+    last: StepNorms | None = None
+    last_step: int | None = None
+    faults: int = 0  # in a row
+
+    @property
+    def off(self) -> bool:
+        """Whether it failed too often."""
+        return self.faults >= PATIENCE
 
 
 @dataclass(frozen=True)
@@ -79,7 +126,8 @@ def attach(
         weights: for losses that weigh examples unequally (a mean over tokens of sequences of
             unequal length): called with the arguments of the model's forward, gives a weight for
             each example, [B], up to a factor that is the same throughout an optimizer step.
-            Integers are taken as counts of tokens. See also `Monitor.weigh`.
+            Integers are taken as counts of tokens. See also `Monitor.weigh`. Microbatches weigh
+            what their examples do.
         config: a `MonitorConfig` or a TOML file of its settings.
         settings: any field of `MonitorConfig`, over those of `config`.
 
@@ -132,14 +180,10 @@ class Monitor:
                     f"optimizer: expected a torch.optim.Optimizer or several, got {o!r}; without "
                     "one call commit() after each step"
                 )
-        self._collector = PerExample(
-            model,
-            config.method,
-            batch_dim=config.batch_dim,
-            weigh=weights,
-            strict=config.strict,
+        self._sources = _sources(model, config, weights)
+        self._groups, self._index = _index(
+            self._sources[0].collector.names, group_of(model, config.groups)
         )
-        self._groups, self._index = _index(self._collector.names, group_of(model, config.groups))
         memory, self._unit = {"decay": config.decay, "window": config.window}, "steps"
         if config.half_life is not None:
             memory["half_life"], self._unit = parse_half_life(config.half_life)
@@ -156,12 +200,9 @@ class Monitor:
         self.step = 0  # optimizer steps since the run began
         self.skipped: Counter[str] = Counter()  # reason -> measurements dropped
         self.readings: dict[str, Reading] = {}  # method -> its last reading
-        self._last: StepNorms | None = None
-        self._last_step: int | None = None
         self._first_step = 0
-        self._faults = 0
         self._told: set[str] = set()  # parameters whose absence was warned of
-        self._off = self._closed = False
+        self._closed = False
         self._clock = _Clock(config.every)
         self.run_dir = _run_dir(config)
         self._sinks = SinkSet(
@@ -174,7 +215,7 @@ class Monitor:
             o.register_step_post_hook(lambda *_, first=(i == 0): self._stepped(first))
             for i, o in enumerate(self._optimizers)
         ]
-        self._collector.arm(True)
+        self._arm()
 
     @property
     def reading(self) -> Reading | None:
@@ -187,7 +228,8 @@ class Monitor:
 
     def weigh(self, weights: Tensor) -> None:
         """Weigh the examples of the batch whose backward comes next; see `attach`."""
-        self._collector.taps.weights = torch.as_tensor(weights)
+        for source in self._sources:
+            source.collector.weigh(torch.as_tensor(weights))
 
     def log_loss(self, value: float, step: int | None = None) -> None:
         """Record the training loss beside the readings, of the last step unless `step` is given."""
@@ -197,9 +239,13 @@ class Monitor:
         else:
             self._losses.append((step, value))
 
-    def coverage(self) -> Coverage:
-        """Which parameters are measured; before the first measured step, as far as is known."""
-        return self._coverage(self._last)
+    def coverage(self, method: str | None = None) -> Coverage:
+        """Which parameters are measured; before the first measured step, as far as is known.
+
+        Args:
+            method: the first one unless named.
+        """
+        return self._coverage(self._source(method or self.config.method[0]))
 
     def advice(self) -> Advice:
         """What to make of the last reading.
@@ -216,7 +262,7 @@ class Monitor:
         return {
             "schema": SCHEMA,
             "step": self.step,
-            "last_step": self._last_step,
+            "last_step": {m: self._source(m).last_step for m in self.config.method},
             "groups": self._groups,
             "skipped": dict(self.skipped),
             "estimators": {m: e.state_dict() for m, e in self._estimators.items()},
@@ -242,9 +288,10 @@ class Monitor:
                 )
             estimator.load_state_dict(state["estimators"][method])
         self.step = self._first_step = int(state["step"])
-        self._last_step = state["last_step"]
+        for source in self._sources:
+            source.last_step = state["last_step"][source.methods[0]]
         self.skipped = Counter(state["skipped"])
-        self._collector.arm(self.step % self.config.every == 0)
+        self._arm()
 
     def close(self) -> None:
         """Give the last advice to the sinks, close them and leave the model as it was."""
@@ -253,7 +300,8 @@ class Monitor:
         self._closed = True
         for hook in self._hooks:
             hook.remove()
-        self._collector.remove()
+        for source in self._sources:
+            source.collector.remove()
         self._start()
         if self.reading is not None:
             advice = self._advise(self.reading)
@@ -273,24 +321,37 @@ class Monitor:
 
     def _stepped(self, first: bool) -> None:
         """An optimizer has stepped; the first of several counts the steps."""
-        if self._off or self._closed or not (first or self._collector.pending):
+        pending = any(source.collector.pending for source in self._sources)
+        if self._off or self._closed or not (first or pending):
             return
-        measured = self._collector.taps.wanted
-        try:
-            self._take(self._collector.close())
-        except Exception as error:
-            if self.config.strict:
-                raise
-            self._skip(Skipped("fault", f"{type(error).__name__}: {error}"))
+        measured = any(source.collector.wanted for source in self._sources)
+        for source in self._sources:
+            try:
+                self._take(source, source.collector.close())
+            except Exception as error:
+                if self.config.strict:
+                    raise
+                self._skip(source, Skipped("fault", f"{type(error).__name__}: {error}"))
         self._clock.tick(measured)
         self.step += first
-        self._collector.arm(not self._off and self.step % self.config.every == 0)
+        self._arm()
 
-    def _take(self, norms: StepNorms | Skipped | None) -> None:
+    def _arm(self) -> None:
+        for source in self._sources:
+            source.collector.arm(not source.off and self.step % self.config.every == 0)
+
+    @property
+    def _off(self) -> bool:
+        return all(source.off for source in self._sources)
+
+    def _source(self, method: str) -> _Source:
+        return next(source for source in self._sources if method in source.methods)
+
+    def _take(self, source: _Source, norms: StepNorms | Skipped | None) -> None:
         if isinstance(norms, Skipped):
             # With several optimizers, another one's step may have closed this one's measurement.
-            if norms.reason != "no tap fired" or self._last_step != self.step:
-                self._skip(norms)
+            if norms.reason not in (NO_TAP, NO_BACKWARD) or source.last_step != self.step:
+                self._skip(source, norms)
             return
         if norms is None:
             return
@@ -307,20 +368,20 @@ class Monitor:
         for pair in pairs.values():
             if reason := obstacle(pair):
                 self._skip(
-                    Skipped(reason, f"its {norms.examples} example(s) give no estimate: {reason}")
+                    source,
+                    Skipped(reason, f"its {norms.examples} example(s) give no estimate: {reason}"),
                 )
                 return
-        elapsed = self._elapsed(norms)
-        self._last, self._last_step = norms, self.step
+        elapsed = self._elapsed(source, norms)
+        source.last, source.last_step, source.faults = norms, self.step, 0
         for method, pair in pairs.items():
-            self.readings[method] = self._read(method, pair, elapsed)
-        self._faults = 0
+            self.readings[method] = self._read(source, method, pair, elapsed)
         self._start()
-        self._tell_missing(norms.missing)
-        for reading in self.readings.values():
-            self._sinks(reading)
+        self._tell_missing(source, norms.missing)
+        for method in pairs:
+            self._sinks(self.readings[method])
 
-    def _read(self, method: str, pair: NormPair, elapsed: float) -> Reading:
+    def _read(self, source: _Source, method: str, pair: NormPair, elapsed: float) -> Reading:
         estimator = self._estimators[method]
         step = estimator.update(pair, elapsed=elapsed)
         grad_sq_norm, tr_sigma = estimator.grad_sq_norm, estimator.tr_sigma
@@ -340,16 +401,16 @@ class Monitor:
             for i, (group, ratio) in enumerate(zip(self._groups, estimator.ratios(), strict=True))
             if group == TOTAL or tr_sigma[i] or grad_sq_norm[i]
         }
-        assert self._last is not None
+        assert source.last is not None
         total = groups.pop(TOTAL)
         reading = Reading(
             step=self.step,
             examples=pair.examples,
-            tokens=self._last.tokens,
+            tokens=source.last.tokens,
             method=method,
             **vars(total),
             n_eff=estimator.n_eff,
-            coverage=self._coverage(self._last).fraction,
+            coverage=self._coverage(source).fraction,
             overhead=self._clock.overhead,
             skipped=dict(self.skipped),
             groups=groups,
@@ -362,9 +423,9 @@ class Monitor:
         sums[0] = values.sum()
         return sums
 
-    def _elapsed(self, norms: StepNorms) -> float:
+    def _elapsed(self, source: _Source, norms: StepNorms) -> float:
         """Steps, examples or tokens since the last measured step, all steps taken to be alike."""
-        steps = 1 if self._last_step is None else self.step - self._last_step
+        steps = 1 if source.last_step is None else self.step - source.last_step
         each = {"steps": 1, "examples": norms.examples, "tokens": norms.tokens}[self._unit]
         if each is None:
             raise ValueError(
@@ -374,40 +435,44 @@ class Monitor:
         return float(max(steps, 1) * each)
 
     def _advise(self, reading: Reading) -> Advice:
-        assert self._last is not None
+        last = self._source(reading.method).last
+        assert last is not None
         return advise(
             reading,
             present=reading.examples,
-            microbatch=self._last.microbatch,
+            microbatch=last.microbatch,
             optimizer=type(self._optimizers[0]).__name__ if self._optimizers else None,
             tokens_per_example=reading.tokens / reading.examples if reading.tokens else None,
         )
 
-    def _coverage(self, norms: StepNorms | None) -> Coverage:
+    def _coverage(self, source: _Source) -> Coverage:
+        norms = source.last
         sizes = {n: p.numel() for n, p in self.model.named_parameters() if p.requires_grad}
-        missing = self._collector.taps.untapped if norms is None else norms.missing
+        missing = source.collector.untapped if norms is None else norms.missing
         missing = {name: missing[name] for name in sizes if name in missing}
         covered = [name for name in sizes if name not in missing]
         share = sum(sizes[name] for name in covered) / max(sum(sizes.values()), 1)
         return Coverage(covered, missing, share, norms.norm_fraction if norms else None)
 
-    def _skip(self, skipped: Skipped) -> None:
+    def _skip(self, source: _Source, skipped: Skipped) -> None:
         """Count a dropped measurement, say so once, and give up after repeated faults."""
         self.skipped[skipped.reason] += 1
-        self._faults = self._faults + 1 if skipped.reason == "fault" else 0
-        self._off = self._faults >= PATIENCE
-        if self._off:
-            self._warn(f"switched off after {PATIENCE} faults in a row, the last: {skipped.detail}")
+        source.faults = source.faults + 1 if skipped.reason == "fault" else 0
+        if source.off:
+            what = "" if len(self._sources) == 1 else f"{', '.join(source.methods)} "
+            self._warn(
+                f"{what}switched off after {PATIENCE} faults in a row, the last: {skipped.detail}"
+            )
         elif self.skipped[skipped.reason] == 1 and skipped.reason != "nonfinite":
             self._warn(f"step {self.step} is not measured: {skipped.detail}")
 
-    def _tell_missing(self, missing: Mapping[str, str]) -> None:
+    def _tell_missing(self, source: _Source, missing: Mapping[str, str]) -> None:
         """Warn of parameters that are left out, once of each."""
         new = {n: why for n, why in missing.items() if n not in self._told and why != UNUSED}
         self._told |= new.keys()
         if new:
             left_out = "".join(f"\n  {name}: {why}" for name, why in new.items())
-            share = self.coverage().fraction
+            share = self._coverage(source).fraction
             self._warn(f"{share:.1%} of the trainable parameters are measured; left out:{left_out}")
 
     def _warn(self, text: str) -> None:
@@ -429,7 +494,7 @@ class Monitor:
             self._sinks.loss(step, value)
 
     def _header(self) -> dict[str, Any]:
-        coverage, last = self.coverage(), self._last
+        coverage, last = self.coverage(), self._source(self.config.method[0]).last
         parameters = list(self.model.parameters())
         return {
             "model": type(self.model).__name__,
@@ -453,6 +518,26 @@ class Monitor:
                 "python": platform.python_version(),
             },
         }
+
+
+def _sources(
+    model: nn.Module, config: MonitorConfig, weights: Callable[..., Tensor] | None
+) -> list[_Source]:
+    """One collector for all methods that share the taps, and one for each other method."""
+    options: dict[str, Any] = {
+        "batch_dim": config.batch_dim,
+        "weigh": weights,
+        "strict": config.strict,
+    }
+    tapped = [method for method in config.method if method in per_example.METHODS]
+    sources = {
+        method: _Source(microbatch.Microbatch(model, method, **options), [method])
+        for method in config.method
+        if method in microbatch.METHODS
+    }
+    if tapped:
+        sources[tapped[0]] = _Source(per_example.PerExample(model, tapped, **options), tapped)
+    return [sources[method] for method in config.method if method in sources]
 
 
 class _Clock:

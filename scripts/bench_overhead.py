@@ -3,7 +3,8 @@
     python scripts/bench_overhead.py --rounds 40
 
 Bare and monitored steps alternate in one process; each round gives one ratio. "unmeasured" is a
-step of a monitored run that the monitor lets pass (every=N measures one in N).
+step of a monitored run that the monitor lets pass (every=N measures one in N). "microbatch" is
+measured on steps of two microbatches, against bare steps of two.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def text() -> tuple[torch.nn.Module, Callable[[torch.nn.Module], torch.Tensor]]:
     return CharGPT(96), lambda model: F.cross_entropy(model(x).flatten(0, 1), y.flatten())
 
 
-def training_step(make: Callable[[], tuple], method: str | None, every: int) -> Step:
+def training_step(
+    make: Callable[[], tuple], method: str | None, every: int, *, microbatches: int = 1
+) -> Step:
     torch.manual_seed(0)
     model, loss = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -45,7 +48,8 @@ def training_step(make: Callable[[], tuple], method: str | None, every: int) -> 
 
     def step() -> None:
         optimizer.zero_grad()
-        loss(model).backward()
+        for _ in range(microbatches):
+            loss(model).backward()
         optimizer.step()
 
     return step
@@ -67,18 +71,23 @@ def main(
     print("|---|---|--:|--:|")
     for make in (digits, text):
         bare = training_step(make, None, 1)
+        bare_of_two = training_step(make, None, 1, microbatches=2)
         variants = {
-            "measured, pepgns": training_step(make, "pepgns", 1),
-            "measured, sogns": training_step(make, "sogns", 1),
-            "unmeasured": training_step(make, "pepgns", 10**9),
+            "measured, pepgns": (training_step(make, "pepgns", 1), bare),
+            "measured, sogns": (training_step(make, "sogns", 1), bare),
+            "measured, microbatch": (
+                training_step(make, "microbatch", 1, microbatches=2),
+                bare_of_two,
+            ),
+            "unmeasured": (training_step(make, "pepgns", 10**9), bare),
         }
-        for step in (bare, *variants.values()):
+        for step in (step for pair in variants.values() for step in pair):
             for _ in range(5):
                 step()
         ratios: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(rounds):
-            for name, step in variants.items():
-                before, own, after = seconds(bare), seconds(step), seconds(bare)
+            for name, (step, plain) in variants.items():
+                before, own, after = seconds(plain), seconds(step), seconds(plain)
                 ratios[name].append(2 * own / (before + after))
         for name, found in ratios.items():
             low, middle, high = np.percentile(found, [25, 50, 75])

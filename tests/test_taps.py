@@ -7,7 +7,8 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import gnsmon
-from gnsmon.collectors.per_example import PerExample, Skipped
+from gnsmon.collectors.per_example import PerExample
+from gnsmon.collectors.step import Skipped
 
 
 def collect(model, loss, batch, before=False, **options):

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gnsmon.collectors.backward import Backwards, exactly
+from gnsmon.collectors.step import (
+    HALF_TOLERANCE,
+    NO_TAP,
+    SEVERAL,
+    TF32_TOLERANCE,
+    TOLERANCE,
+    UNUSED,
+    Skipped,
+    StepNorms,
+    check_weights,
+    known_sum,
+    square_sum,
+    to_host,
+    wide,
+)
 from gnsmon.estimators.values import Array
 from gnsmon.norms.forms import Form
 from gnsmon.norms.taps import ABSENT, LayerTap, SqNorms, Taps
@@ -21,34 +35,6 @@ METHODS: dict[str, SqNorms] = {
     "pepgns": lambda form: form.sq_norms(),
     "sogns": lambda form: form.sogns_sq_norms(),
 }
-# How far the sum over examples may be from `.grad`, relative, before a parameter is left out.
-TOLERANCE, TF32_TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-3, 5e-2
-
-
-@dataclass(frozen=True)
-class StepNorms:
-    """The squared norms of one optimizer step, parameter by parameter, at the loss's own scale.
-
-    A parameter that is not measured is zero in both norms and has its reason in `missing`.
-    """
-
-    big_sq_norm: Array  # [n_parameters]
-    parts_sq_norm: dict[str, Array]  # method -> [n_parameters]
-    sum_sq_weights: float
-    examples: int
-    tokens: int | None
-    microbatch: int  # examples in the last forward and backward
-    microbatches: int
-    missing: dict[str, str]
-    norm_fraction: float | None  # measured share of the whole gradient's squared norm
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A step without a measurement, and why."""
-
-    reason: str  # short, to count by
-    detail: str  # one sentence for a person
 
 
 @dataclass(frozen=True)
@@ -60,14 +46,6 @@ class _Pass:
     tokens: int | None
     weights: Tensor | None
     uses: list[dict[str, Form]] = field(default_factory=list)  # of shared parameters
-
-
-UNUSED = "no gradient in this step"
-SEVERAL = Skipped(
-    "several passes",
-    "several forward passes share one backward, or several backwards one forward, so it is not "
-    "known which of their examples are the same; call backward once after each forward",
-)
 
 
 class PerExample:
@@ -103,7 +81,9 @@ class PerExample:
         for tap in self.taps.layers:
             for _, name in tap.pairs():
                 self._taps_of[name].append(tap)
-        self._sentinel = _Sentinel(model)
+        self._backwards = Backwards(
+            model, ended=self._harvest, discarded=self._discard, strict=strict
+        )
         self._clear()
 
     def arm(self, measure: bool) -> None:
@@ -113,7 +93,7 @@ class PerExample:
     def close(self) -> StepNorms | Skipped | None:
         """The step's norms, read after its optimizer step; None when it was not to be measured."""
         try:
-            with self._exactly():
+            with exactly(self.model):
                 return self._close() if self.taps.wanted else None
         finally:
             self._clear()
@@ -121,7 +101,21 @@ class PerExample:
     @property
     def pending(self) -> bool:
         """Whether a backward has been measured since the last step."""
-        return bool(self._passes) or self._fault is not None
+        return bool(self._passes) or self._backwards.fault is not None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the present step is to be measured."""
+        return self.taps.wanted
+
+    @property
+    def untapped(self) -> dict[str, str]:
+        """Parameters that are known not to be measured before any step, and why."""
+        return self.taps.untapped
+
+    def weigh(self, weights: Tensor) -> None:
+        """Weigh the examples of the batch whose backward comes next."""
+        self.taps.weights = weights
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -134,46 +128,12 @@ class PerExample:
         self._shared: dict[str, Tensor] = {}  # as a probe, of one shared parameter
         self._big: dict[str, Tensor] = {}
         self._along: dict[str, Tensor] = {}
-        self._fault: Skipped | None = None
-        self._sentinel.forget()
-        self._task = self._ended = -1
-        self._tasks: set[int] = set()
-        self._forwards = 0
+        self._backwards.clear()
         self.taps.clear()
-
-    @contextmanager
-    def _exactly(self) -> Iterator[None]:
-        """Without gradients, and without the autocast that the training loop may be inside of."""
-        device = next(self.model.parameters()).device
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
 
     def _fired(self, _: Tensor) -> None:
         """A probe received its gradient: a backward is under way."""
-        task = torch._C._current_graph_task_id()
-        if task == self._task:
-            return
-        if self._task != self._ended and self.taps.forwards > self._forwards:
-            self._fault = Skipped("backward failed", "a backward pass ended in an exception")
-        self._task, self._forwards = task, self.taps.forwards
-        self._tasks.add(task)
-        if self._sentinel.was_zeroed():
-            self._discard()
-        # A queued callback may run before those of DDP; one that it queues runs after them.
-        queue = torch.autograd.Variable._execution_engine.queue_callback
-        try:
-            queue(lambda: queue(self._backward_ended))
-        except (AssertionError, RuntimeError) as error:  # compiled autograd has no such queue
-            self._fault = Skipped("fault", f"the end of backward cannot be seen: {error}")
-
-    def _backward_ended(self) -> None:
-        try:
-            with self._exactly():
-                self._harvest()
-        except Exception as error:
-            if self.strict:
-                raise
-            self._fault = Skipped("fault", f"{type(error).__name__}: {error}")
+        self._backwards.under_way(self.taps.forwards)
 
     def _harvest(self) -> None:
         """Take the statistics of this backward and the gradient as accumulated so far.
@@ -181,29 +141,25 @@ class PerExample:
         A reentrant checkpoint ends a backward of its own inside the outer one; what it brings
         belongs to the same microbatch, and the last reading of `.grad` wins.
         """
-        self._ended, taps = self._task, self.taps
-        if self._sentinel.was_replaced():
-            self._discard()
+        taps, tasks = self.taps, self._backwards.tasks
         # torch.autograd.grad runs taps too, but what it brings reaches neither probe nor .grad.
-        fired = {(serial, batch) for task, serial, batch in taps.fired if task in self._tasks}
+        fired = {(serial, batch) for task, serial, batch in taps.fired if task in tasks}
         if len(fired) > 1:
-            self._fault = self._fault or SEVERAL
+            self._backwards.fault = self._backwards.fault or SEVERAL
         self._enter_pass(*min(fired, default=(None, taps.batch)))
         for tap in taps.layers:
             if tap.probe.grad is not None:
                 self._layers[tap] = self._layers.get(tap, 0) + tap.probe.grad
                 tap.probe.grad = None
-        self._passes[-1].uses.extend(use for task, use in taps.deferred if task in self._tasks)
+        self._passes[-1].uses.extend(use for task, use in taps.deferred if task in tasks)
         taps.deferred.clear()
         taps.fired.clear()
         self._big, self._along = {}, {}
         for name, p in self.model.named_parameters():
             if p.grad is not None and p.requires_grad:
-                gradient = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
-                self._big[name] = _square_sum(gradient)
+                self._big[name] = square_sum(p.grad)
                 if name in taps.directions:
                     self._along[name] = _along(p.grad, taps.directions[name])
-        self._sentinel.remember()
 
     def _enter_pass(self, serial: int | None, batch: int | None) -> None:
         """Begin a microbatch, unless this backward is a part of the last one's."""
@@ -216,7 +172,7 @@ class PerExample:
         assert batch is not None
         later = serial not in (None, taps.serial)  # another forward, without backward, came since
         if later and taps.weigh is not None:
-            self._fault = Skipped(
+            self._backwards.fault = Skipped(
                 "weights", "the last forward, whose weights are known, is another"
             )
         tokens = None if later else taps.tokens
@@ -236,7 +192,7 @@ class PerExample:
             form = reduce(add, (use[name] for use in uses if name in use))
             pieces = [norms(form).sum().reshape(1) for norms in self.taps.methods.values()]
             pieces.append(form.sum_along(self.taps.directions[name]))
-            joined = torch.cat([piece.to(_wide(piece)) for piece in pieces])
+            joined = torch.cat([piece.to(wide(piece)) for piece in pieces])
             self._shared[name] = self._shared.get(name, 0) + joined
         uses.clear()
 
@@ -246,12 +202,12 @@ class PerExample:
             return Skipped("fault", taps.fault)
         if taps.coupled is not None:
             return Skipped("coupled examples", taps.coupled)
-        if self._fault is not None:
-            return self._fault
+        if self._backwards.fault is not None:
+            return self._backwards.fault
         if not self._passes:
             return self._nothing_fired()
         self._settle()
-        layers, shared, big, along, weights = _to_host(
+        layers, shared, big, along, weights = to_host(
             self._layers, self._shared, self._big, self._along, self._weight_sums()
         )
         if not np.isfinite(sum(a[0] for a in big.values())):
@@ -302,7 +258,7 @@ class PerExample:
         whole = sum(big.values())
         if not np.isfinite(parts_sq_norm).all():
             return Skipped("nonfinite", "an example's gradient has infinite or undefined values")
-        sum_sq_weights, tokens = 1 / examples, _total([p.tokens for p in self._passes])
+        sum_sq_weights, tokens = 1 / examples, known_sum([p.tokens for p in self._passes])
         if weights:
             total, squares, integral = weights["sums"]
             sum_sq_weights = float(squares / total**2)
@@ -324,25 +280,18 @@ class PerExample:
         if reasons := [why for why in known if why]:
             return Skipped("nothing measured", reasons[0])
         return Skipped(
-            "no tap fired",
+            NO_TAP,
             "a step was taken, but no layer reported a gradient. Was the model compiled and called "
             "before attach (attach first, or call torch._dynamo.reset())? Is another model "
             "trained? Do the gradients come from torch.autograd.grad?",
         )
 
     def _weight_sums(self) -> dict[str, Tensor]:
-        given = [p for p in self._passes if p.weights is not None]
-        if not given:
+        if all(p.weights is None for p in self._passes):
             return {}
-        for p in self._passes:
-            if p.weights is None or p.weights.shape != (p.batch,):
-                came = "none" if p.weights is None else list(p.weights.shape)
-                raise ValueError(
-                    f"weights: expected one for each of the {p.batch} examples, [{p.batch}]; "
-                    f"got {came}"
-                )
-        weights = torch.cat([p.weights.detach() for p in given]).double()
-        integral = all(not p.weights.is_floating_point() for p in given)
+        each = [check_weights(p.weights, p.batch) for p in self._passes]
+        weights = torch.cat(each).double()
+        integral = not any(w.is_floating_point() for w in each)
         sums = [weights.sum(), weights.square().sum(), weights.new_tensor(float(integral))]
         return {"sums": torch.stack(sums)}
 
@@ -426,58 +375,12 @@ class PerExample:
         return disproved.get(name)
 
 
-class _Sentinel:
-    """Watches one small `.grad` to tell whether all were thrown away between two backwards."""
-
-    def __init__(self, model: nn.Module):
-        self._model = model
-        self.forget()
-
-    def forget(self) -> None:
-        """Watch nothing."""
-        self._seen: tuple[nn.Parameter, Tensor, int] | None = None
-
-    def remember(self) -> None:
-        """Take note of the smallest gradient as it is now."""
-        dense = [
-            p
-            for p in self._model.parameters()
-            if p.grad is not None and p.grad.layout == torch.strided
-        ]
-        p = min(dense, key=lambda p: p.numel(), default=None)
-        self._seen = None if p is None or p.grad is None else (p, p.grad, p.grad._version)
-
-    def was_replaced(self) -> bool:
-        """Whether zero_grad() came since."""
-        return self._seen is not None and self._seen[0].grad is not self._seen[1]
-
-    def was_zeroed(self) -> bool:
-        """Whether zero_grad(set_to_none=False) came since, before anything was added."""
-        if self._seen is None or self.was_replaced():
-            return False
-        _, grad, version = self._seen
-        return grad._version != version and not bool(grad.any())
-
-
 def _subset_sums(sizes: Sequence[int]) -> set[int]:
     """What a layer may count that runs in some of the microbatches, or in all."""
     sums = {0}
     for size in sizes:
         sums |= {s + size for s in sums}
     return sums
-
-
-def _total(counts: Sequence[int | None]) -> int | None:
-    known = [c for c in counts if c is not None]
-    return sum(known) if len(known) == len(counts) else None
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _square_sum(gradient: Tensor) -> Tensor:
-    return gradient.detach().to(_wide(gradient)).square().sum()
 
 
 def _along(gradient: Tensor, direction: Tensor) -> Tensor:
@@ -487,13 +390,3 @@ def _along(gradient: Tensor, direction: Tensor) -> Tensor:
 
 def _length(vector: Array) -> float:
     return float(np.sqrt(np.square(vector).sum()))
-
-
-def _to_host(*groups: dict[Any, Tensor]) -> list[dict[Any, Array]]:
-    """The same groups as float64 arrays [numel], by one copy."""
-    tensors = [tensor.detach().reshape(-1) for group in groups for tensor in group.values()]
-    device = tensors[0].device
-    flat = torch.cat([tensor.to(device, torch.float64) for tensor in tensors]).cpu().numpy()
-    ends = np.cumsum([tensor.numel() for tensor in tensors])
-    pieces = iter(np.split(flat, ends[:-1]))
-    return [{key: next(pieces) for key in group} for group in groups]

@@ -261,8 +261,8 @@ def _batch_statistics(module: Any) -> str | None:
         return None
     return (
         "batch statistics make each example's loss depend on the other examples, so a per-example "
-        "gradient does not exist; use GroupNorm or LayerNorm, or put the layer in eval mode, where "
-        "it takes its running statistics"
+        "gradient does not exist; use method='microbatch' with gradient accumulation, GroupNorm "
+        "or LayerNorm, or put the layer in eval mode, where it takes its running statistics"
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import accumulate
 from math import prod
 from operator import mul
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gnsmon.norms.forms import Form
+from gnsmon.norms.inputs import Announce, Inert, in_backward, is_transformed, read_batch
 from gnsmon.norms.replay import (
     Call,
     bypasses,
@@ -135,7 +136,7 @@ class LayerTap:
             return None
         if not any(p.requires_grad for p in module.parameters(recurse=self.rule is None)):
             return None
-        if _is_transformed() or coupling(module):
+        if is_transformed() or coupling(module):
             return None
         at, y = self._tapped(output)
         if y is None:
@@ -169,7 +170,7 @@ class LayerTap:
         return None, None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Inert, ()
+        return Inert, ()
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The layer's parameters under their names in the model."""
@@ -231,7 +232,7 @@ class LayerTap:
         rows = sizes[0] // batch
         if rows * batch == sizes[0] and (order := taps.order(x[0], rows)) is not None:
             return Layout(batch, order, rows, serial)
-        self._irregular = self._irregular or not _in_backward()
+        self._irregular = self._irregular or not in_backward()
         if sizes[dim] == 1:
             self._leave_out(
                 f"output has shape {list(sizes)}, one for all {batch} examples, so its gradient "
@@ -252,7 +253,7 @@ class LayerTap:
     def _doubt(self, x: Tensor, batch: int) -> str | None:
         """Why an axis of the batch's size may yet not be that of the batch."""
         if self._irregular:  # an expert that by chance was sent as many rows as there are examples
-            self._irregular = _in_backward()
+            self._irregular = in_backward()
             return "its last input had another number of rows than the batch has examples"
         if any(x is t for t in self.taps.inputs) or isinstance(self.module, BATCH_FIRST):
             return None
@@ -278,7 +279,7 @@ class LayerTap:
 
     def _joinable(self) -> bool:
         """Notice a second call in one forward; whether this call's statistics can be had."""
-        if _in_backward():  # a checkpoint computes again: that is not another use
+        if in_backward():  # a checkpoint computes again: that is not another use
             return True
         if self.last_call == self.taps.serial and not self.taps.rooted:
             self._leave_out(
@@ -394,7 +395,9 @@ class Taps:
         self.rooted = True  # the model's own forward is called, not only its layers'
         self.layers: list[LayerTap] = []
         self._hooks = [
-            model.register_forward_pre_hook(_Begin(self), with_kwargs=True, prepend=True)
+            model.register_forward_pre_hook(
+                Announce(model, partial(self.guarded, self.begin)), with_kwargs=True, prepend=True
+            )
         ]
         self._bypassed: set[int] = set()  # layers whose parameters another's tap looks after
         for path, module in model.named_modules():
@@ -483,24 +486,22 @@ class Taps:
         self.active, self.rooted = self.wanted, True
         if not self.wanted:
             return
-        tensors = _tensors_in((args, kwargs))
-        carriers = self.inputs = [t for t in tensors if t.ndim > self.batch_dim and t.numel()]
-        self._begin_pass(carriers[0].shape[self.batch_dim] if carriers else None)
-        for t in carriers:
+        found = read_batch(args, kwargs, self.batch_dim)
+        self.inputs, self.tokens = found.carriers, found.tokens
+        self._begin_pass(found.size)
+        for t in found.carriers:
             sequence = t.ndim in (3, 5) if t.is_floating_point() else t.ndim == 2
             if sequence and t.shape[self.batch_dim] == self.batch:
                 self.note_sizes(t.shape[1 - self.batch_dim : 2 - self.batch_dim])
         self.square = self.batch in self.inner
         self.half = any(torch.is_autocast_enabled(t.device.type) for t in self.inputs[:1])
-        ids = [t for t in carriers if t.ndim == 2 and not t.is_floating_point()]
-        self.tokens = ids[0].numel() if ids else None
         if self.weigh is not None:
             self.weights = torch.as_tensor(self.weigh(*args, **kwargs))
 
     def notice_layer(self, output: Tensor) -> None:
         """A layer was called; where no forward of the model announced it, begin with its batch."""
         compiling = torch.compiler.is_compiling()
-        if self.wanted and self.stale and (compiling or not _in_backward()):
+        if self.wanted and self.stale and (compiling or not in_backward()):
             self.active, self.rooted, self.inputs, self.tokens = True, False, [], None
             self._begin_pass(output.shape[self.batch_dim] if output.ndim > self.batch_dim else None)
         elif not compiling and self.batch is None and output.ndim > self.batch_dim:
@@ -538,20 +539,6 @@ class Taps:
                 self.inner = (*self.inner, size)
 
 
-class _Begin:
-    """The hook that tells `Taps` of a forward of the whole model."""
-
-    def __init__(self, taps: Taps):
-        self.taps = taps
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is self.taps.model and torch.is_grad_enabled() and not _is_transformed():
-            self.taps.guarded(self.taps.begin, args, kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Inert, ()
-
-
 class _Coupled:
     """The hook on a layer that may normalise by the batch."""
 
@@ -563,18 +550,7 @@ class _Coupled:
             self.taps.coupled = f"{self.path}: {why}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Inert, ()
-
-
-class _Inert:
-    """What a copy of a tapped model has in place of hooks: it must not feed this monitor."""
-
-    def __call__(self, *_: Any) -> None:
-        return None
-
-
-def _in_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        return Inert, ()
 
 
 def _in_checkpoint() -> bool:
@@ -583,15 +559,6 @@ def _in_checkpoint() -> bool:
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
-
-
-def _is_transformed() -> bool:
-    """Whether a transform runs the model, under which an autograd.Function needs more rules."""
-    return not torch.compiler.is_compiling() and (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
-    )
 
 
 def _flattened(x: Tensor, batch: int, rows: int) -> int | None:
@@ -624,23 +591,6 @@ def _leading(t: Tensor, axis: int | None, layout: Layout) -> Tensor:
     if axis is None:
         return t
     return layout.batch_first(t) if layout.rows_per_example > 1 else t.movedim(axis, 0)
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested arguments, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, nn.utils.rnn.PackedSequence):
-        raise ValueError("examples cannot be told apart in a PackedSequence; pass padded sequences")
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors_in(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors_in(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from _tensors_in(getattr(value, field.name))
 
 
 def _tensors(

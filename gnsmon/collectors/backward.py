@@ -1,0 +1,128 @@
+"""When a backward begins and has ended, and whether the gradients before it were thrown away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gnsmon.collectors.step import Skipped
+
+
+class Backwards:
+    """Watches the backwards between two optimizer steps, for a collector whose hooks fire in them.
+
+    Args:
+        model: whose `.grad` are watched.
+        ended: called when an outermost backward has ended: `.grad` is then whole, and neither
+            clipped nor unscaled.
+        discarded: called when the gradients of the backwards so far turn out to be thrown away.
+        strict: raise what goes wrong instead of keeping it as the `fault` of the measurement.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        ended: Callable[[], None],
+        discarded: Callable[[], None],
+        strict: bool,
+    ):
+        self._model, self._strict = model, strict
+        self._ended, self._discarded = ended, discarded
+        self._sentinel = _Sentinel(model)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything since the last optimizer step."""
+        self.fault: Skipped | None = None
+        self.tasks: set[int] = set()
+        self._running: set[int] = set()
+        self._forwards = 0
+        self._sentinel.forget()
+
+    def under_way(self, forwards: int) -> None:
+        """A hook fired in a backward, after so many forwards since the last measured one."""
+        task = torch._C._current_graph_task_id()
+        if task in self._running:
+            return
+        if self._running and forwards > self._forwards:
+            self._running.clear()
+            self.fault = Skipped("backward failed", "a backward pass ended in an exception")
+        self._forwards = forwards
+        self._running.add(task)
+        self.tasks.add(task)
+        if self._sentinel.was_zeroed():
+            self._discarded()
+        # A queued callback may run before those of DDP; one that it queues runs after them.
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        try:
+            queue(lambda: queue(lambda: self._end(task)))
+        except (AssertionError, RuntimeError) as error:  # compiled autograd has no such queue
+            self.fault = Skipped("fault", f"the end of backward cannot be seen: {error}")
+
+    def guarded(self, fn: Callable[..., None], *args: Any) -> None:
+        """`fn(*args)`, exactly; unless strict, a failure is kept and does not reach the user."""
+        try:
+            with exactly(self._model):
+                fn(*args)
+        except Exception as error:
+            if self._strict:
+                raise
+            self.fault = Skipped("fault", f"{type(error).__name__}: {error}")
+
+    def _end(self, task: int) -> None:
+        """A reentrant checkpoint ends a backward of its own inside the outer one: not the end."""
+        self._running.discard(task)
+        if not self._running:
+            self.guarded(self._whole)
+
+    def _whole(self) -> None:
+        if self._sentinel.was_replaced():
+            self._discarded()
+        self._ended()
+        self._sentinel.remember()
+
+
+@contextmanager
+def exactly(model: nn.Module) -> Iterator[None]:
+    """Without gradients, and without the autocast that the training loop may be inside of."""
+    device = next(model.parameters()).device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+class _Sentinel:
+    """Watches one small `.grad` to tell whether all were thrown away between two backwards."""
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self.forget()
+
+    def forget(self) -> None:
+        """Watch nothing."""
+        self._seen: tuple[nn.Parameter, Tensor, int] | None = None
+
+    def remember(self) -> None:
+        """Take note of the smallest gradient as it is now."""
+        dense = [
+            p
+            for p in self._model.parameters()
+            if p.grad is not None and p.grad.layout == torch.strided
+        ]
+        p = min(dense, key=lambda p: p.numel(), default=None)
+        self._seen = None if p is None or p.grad is None else (p, p.grad, p.grad._version)
+
+    def was_replaced(self) -> bool:
+        """Whether zero_grad() came since."""
+        return self._seen is not None and self._seen[0].grad is not self._seen[1]
+
+    def was_zeroed(self) -> bool:
+        """Whether zero_grad(set_to_none=False) came since, before anything was added."""
+        if self._seen is None or self.was_replaced():
+            return False
+        _, grad, version = self._seen
+        return grad._version != version and not bool(grad.any())

@@ -1,0 +1,89 @@
+"""What a collector makes of one optimizer step, and how it is put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gnsmon.estimators.values import Array
+
+# How far parts may be from `.grad`, relative, before a parameter is left out.
+TOLERANCE, TF32_TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-3, 5e-2
+
+
+@dataclass(frozen=True)
+class StepNorms:
+    """The squared norms of one optimizer step, parameter by parameter, at the loss's own scale.
+
+    A parameter that is not measured is zero in both norms and has its reason in `missing`.
+    """
+
+    big_sq_norm: Array  # [n_parameters]
+    parts_sq_norm: dict[str, Array]  # method -> [n_parameters]
+    sum_sq_weights: float
+    examples: int
+    tokens: int | None
+    microbatch: int  # examples in the last forward and backward
+    microbatches: int
+    missing: dict[str, str]
+    norm_fraction: float | None  # measured share of the whole gradient's squared norm
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A step without a measurement, and why."""
+
+    reason: str  # short, to count by
+    detail: str  # one sentence for a person
+
+
+# Reasons to skip a step whose gradients another optimizer's step may have closed already.
+NO_TAP, NO_BACKWARD = "no tap fired", "no backward"
+UNUSED = "no gradient in this step"
+SEVERAL = Skipped(
+    "several passes",
+    "several forward passes share one backward, or several backwards one forward, so it is not "
+    "known which of their examples are the same; call backward once after each forward",
+)
+
+
+def check_weights(weights: Tensor | None, examples: int) -> Tensor:
+    """The weights [examples]; raises ValueError where there is not one for each."""
+    if weights is None or weights.shape != (examples,):
+        came = "none" if weights is None else list(weights.shape)
+        raise ValueError(
+            f"weights: expected one for each of the {examples} examples, [{examples}]; got {came}"
+        )
+    return weights.detach()
+
+
+def known_sum(counts: Sequence[int | None]) -> int | None:
+    """The sum; None where a count is not known."""
+    known = [c for c in counts if c is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """The type to square and sum in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def square_sum(gradient: Tensor) -> Tensor:
+    """Sum of the squares."""
+    gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return gradient.detach().to(wide(gradient)).square().sum()
+
+
+def to_host(*groups: dict[Any, Tensor]) -> list[dict[Any, Array]]:
+    """The same groups as float64 arrays [numel], by one copy."""
+    tensors = [tensor.detach().reshape(-1) for group in groups for tensor in group.values()]
+    device = tensors[0].device
+    flat = torch.cat([tensor.to(device, torch.float64) for tensor in tensors]).cpu().numpy()
+    ends = np.cumsum([tensor.numel() for tensor in tensors])
+    pieces = iter(np.split(flat, ends[:-1]))
+    return [{key: next(pieces) for key in group} for group in groups]
