@@ -607,3 +607,27 @@ def test_a_compiled_square_batch_is_refused():
         cases.energy(torch.compile(model, backend="aot_eager", fullgraph=True), x).backward()
         optimizer.step()
     assert gns.reading is None
+
+
+class Recommends(nn.Module):
+    """Indices [B] that are inputs, beside a table looked up by position."""
+
+    def __init__(self):
+        super().__init__()
+        self.user, self.item, self.rank = (nn.Embedding(9, 4) for _ in range(3))
+
+    def forward(self, user, item):
+        return self.user(user) * self.item(item) + self.rank(torch.arange(6))[:6]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_indices_are_of_examples_where_they_are_inputs(compiled):
+    model = Recommends().to(D)
+    x = torch.randint(9, (6, 2))
+    optimizer = sgd(model)
+    call = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    with watch(model, optimizer) as gns, pytest.warns(RuntimeWarning, match="rank"):
+        cases.energy(lambda x: call(x[:, 0].clone(), x[:, 1].clone()), x).backward()
+        optimizer.step()
+    assert set(gns.coverage().missing) == {"rank.weight"}

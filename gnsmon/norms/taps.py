@@ -5,11 +5,9 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import accumulate
 from math import prod
-from operator import mul
 from typing import Any
 
 import torch
@@ -17,6 +15,13 @@ from torch import Tensor, nn
 
 from gnsmon.norms.forms import Form
 from gnsmon.norms.inputs import Announce, Inert, in_backward, is_transformed, read_batch
+from gnsmon.norms.layout import (
+    BATCH_FIRST,
+    TOLD_BATCH_FIRST,
+    Layout,
+    flattened_from,
+    leading,
+)
 from gnsmon.norms.replay import (
     Call,
     bypasses,
@@ -28,17 +33,6 @@ from gnsmon.norms.replay import (
 from gnsmon.norms.rules import coupling, find_rule, refusal
 
 SqNorms = Callable[[Form], Tensor]  # form -> squared norms [B]
-# Layers whose batch axis is always the first; others work on the last axis, whatever leads.
-BATCH_FIRST = (
-    nn.modules.conv._ConvNd,
-    nn.GroupNorm,
-    nn.modules.batchnorm._NormBase,
-    nn.PReLU,
-    nn.EmbeddingBag,
-)
-# Layers that say themselves which axis is the batch's.
-TOLD_BATCH_FIRST = (nn.MultiheadAttention, nn.RNNBase)
-VIEWS = ("ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0")
 ABSENT = float("-inf")  # in place of a sum of squares: the rule gave no gradient
 
 
@@ -68,26 +62,6 @@ class _Tap(torch.autograd.Function):
             with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
                 statistics = ctx.tap.statistics(ctx, dy, ctx.layout)
         return dy, statistics, *(None,) * (len(ctx.needs_input_grad) - 2)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the rows of a layer's input belong to the examples of the batch."""
-
-    batch: int
-    batch_dim: int = 0
-    rows_per_example: int = 1
-    serial: int = 0  # of the forward pass
-    call: Call | None = None  # of a layer without a rule
-
-    def batch_first(self, tensor: Tensor) -> Tensor:
-        """`tensor` with the rows of one example adjacent on the leading axis."""
-        if self.batch_dim == 0:
-            return tensor
-        if self.rows_per_example == 1:
-            return tensor.movedim(self.batch_dim, 0)
-        rows = tensor.unflatten(0, (self.rows_per_example, self.batch))
-        return rows.transpose(0, 1).flatten(0, 1)
 
 
 class LayerTap:
@@ -214,7 +188,12 @@ class LayerTap:
         batch = output.shape[taps.batch_dim]
         if taps.inputs and batch != taps.inputs[0].shape[taps.batch_dim]:
             return None
-        return None if isinstance(x[0], nn.Parameter) else Layout(batch, taps.batch_dim)
+        square = output.ndim > 2 and output.shape[0] == output.shape[1]
+        index = x[0].ndim == 1 and not x[0].is_floating_point()
+        doubtful = square or index and not any(x[0] is t for t in taps.inputs)
+        if isinstance(x[0], nn.Parameter) or doubtful and not isinstance(self.module, BATCH_FIRST):
+            return None
+        return Layout(batch, taps.batch_dim)
 
     def _rows(self, x: tuple[Tensor, ...], output: Tensor) -> Layout | None:
         taps, sizes = self.taps, tuple(output.shape)
@@ -326,8 +305,8 @@ class LayerTap:
         axis = layout.batch_dim if rows == 1 else 0
         axes = [self._axis(t, axis, layout, first=i == 0) for i, t in enumerate(x)]
         chunk = None if self.shared else rows * max(1, examples_at_a_time(self.module) // rows)
-        x = [_leading(t, at, layout) for t, at in zip(x, axes, strict=True)]
-        dy = _leading(dy, axis, layout)
+        x = [leading(t, at, layout) for t, at in zip(x, axes, strict=True)]
+        dy = leading(dy, axis, layout)
         total = torch.zeros_like(self.probe)
         for forms in replay(self.module, call, x, axes, dy, axis, chunk=chunk):
             count = next(len(form.grad) for form in forms.values()) // rows
@@ -527,7 +506,7 @@ class Taps:
         """
         if self.batch == 1:
             return 0
-        seen = _flattened(x, self.batch or 0, rows)
+        seen = flattened_from(x, self.batch or 0, rows)
         known = self._orders.get(rows, seen)
         self._orders[rows] = known if seen is None or seen == known else None
         return known if seen is None else seen
@@ -559,38 +538,6 @@ def _in_checkpoint() -> bool:
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
-
-
-def _flattened(x: Tensor, batch: int, rows: int) -> int | None:
-    """The batch's axis, 0 or 1, in the tensor of which x is a view with its first axes merged.
-
-    None where that cannot be seen: the order of the rows is then anybody's guess.
-    """
-    if rows == batch:
-        return None
-    total, node, sizes = batch * rows, x.grad_fn, None
-    while node is not None and node.name() in VIEWS:
-        sizes = tuple(node._saved_self_sym_sizes)  # of the view's argument
-        if sizes[0] != total:
-            break
-        node = node.next_functions[0][0]  # a view that left the first axis alone
-    base = x._base if x.grad_fn is None else None
-    if base is not None and x.is_contiguous() and base.is_contiguous():
-        sizes = tuple(base.shape)
-    if not sizes:
-        return None
-    if sizes[:2] == (rows, batch):
-        return 1
-    merged = list(accumulate(sizes, mul))  # examples, then windows in two axes, as Swin has them
-    among = merged.index(total) if total in merged else 0
-    return 0 if among and sizes[0] == batch and batch not in sizes[1 : among + 1] else None
-
-
-def _leading(t: Tensor, axis: int | None, layout: Layout) -> Tensor:
-    """`t` with the examples, or the rows of one example after the other, on the first axis."""
-    if axis is None:
-        return t
-    return layout.batch_first(t) if layout.rows_per_example > 1 else t.movedim(axis, 0)
 
 
 def _tensors(
