@@ -373,9 +373,10 @@ class Monitor:
                 )
                 return
         elapsed = self._elapsed(source, norms)
-        source.last, source.last_step, source.faults = norms, self.step, 0
+        source.last, source.last_step = norms, self.step
         for method, pair in pairs.items():
             self.readings[method] = self._read(source, method, pair, elapsed)
+        source.faults = 0
         self._start()
         self._tell_missing(source, norms.missing)
         for method in pairs:

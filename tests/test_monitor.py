@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gnsmon
 from gnsmon.collectors.per_example import PerExample
+from gnsmon.estimators import Estimator
 
 B, T, VOCABULARY = 6, 5, 11
 
@@ -833,13 +834,14 @@ def test_state_of_another_run_is_refused():
         gns.close()
 
 
-def test_repeated_faults_switch_the_monitor_off(monkeypatch):
+@pytest.mark.parametrize(("owner", "name"), [(PerExample, "_close"), (Estimator, "update")])
+def test_repeated_faults_switch_the_monitor_off(monkeypatch, owner, name):
     model, optimizer, batch = make()
 
-    def fails(self):
+    def fails(self, *_, **__):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(PerExample, "_close", fails)
+    monkeypatch.setattr(owner, name, fails)
     with pytest.warns(RuntimeWarning) as warned:
         gns = watch(model, optimizer, strict=False)
         for _ in range(5):
