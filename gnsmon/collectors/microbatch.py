@@ -26,6 +26,7 @@ from gnsmon.collectors.step import (
     to_host,
 )
 from gnsmon.estimators.values import Array
+from gnsmon.norms.contractions import wide
 from gnsmon.norms.inputs import Announce, in_backward, read_batch, tensors_in
 
 
@@ -329,7 +330,7 @@ class Microbatch:
         missing = {
             name: why
             for name, p in trainable.items()
-            if (why := self._why(name, p, big, gaps[column[name]] if name in column else 0.0))
+            if (why := self._why(name, p, big, gaps[column[name]] if name in column else None))
         }
         left_in = np.array([name in trainable and name not in missing for name in self.names])
         if not left_in.any():
@@ -349,9 +350,11 @@ class Microbatch:
             norm_fraction=float(big_sq_norm.sum() / whole) if whole > 0 else None,
         )
 
-    def _why(self, name: str, p: nn.Parameter, big: Mapping[str, float], gap: float) -> str | None:
-        """Why a trainable parameter is not in this step's norms."""
-        if name not in self.names:
+    def _why(
+        self, name: str, p: nn.Parameter, big: Mapping[str, float], gap: float | None
+    ) -> str | None:
+        """Why a trainable parameter is not in this step's norms; `gap` of those known at attach."""
+        if gap is None:
             return "it was added to the model after attach"
         if name not in big:
             return UNUSED
@@ -378,8 +381,7 @@ def _fingerprint(grad: Tensor | None) -> _Fingerprint:
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     a, b = (t.to_dense() if t.is_sparse else t for t in (a, b))
-    kind = torch.float64 if a.dtype == torch.float64 else torch.float32
-    return (a.detach().to(kind) * b.detach().to(kind)).sum()
+    return (wide(a.detach()) * wide(b.detach())).sum()
 
 
 def _weights(forwards: list[_Forward]) -> list[Tensor]:

@@ -25,9 +25,9 @@ from gnsmon.collectors.step import (
     known_sum,
     square_sum,
     to_host,
-    wide,
 )
 from gnsmon.estimators.values import Array
+from gnsmon.norms.contractions import wide
 from gnsmon.norms.forms import Form
 from gnsmon.norms.taps import ABSENT, LayerTap, SqNorms, Taps
 
@@ -192,7 +192,7 @@ class PerExample:
             form = reduce(add, (use[name] for use in uses if name in use))
             pieces = [norms(form).sum().reshape(1) for norms in self.taps.methods.values()]
             pieces.append(form.sum_along(self.taps.directions[name]))
-            joined = torch.cat([piece.to(wide(piece)) for piece in pieces])
+            joined = torch.cat([wide(piece) for piece in pieces])
             self._shared[name] = self._shared.get(name, 0) + joined
         uses.clear()
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gnsmon.estimators.values import Array
+from gnsmon.norms.contractions import wide
 
 # How far parts may be from `.grad`, relative, before a parameter is left out.
 TOLERANCE, TF32_TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-3, 5e-2
@@ -68,15 +69,10 @@ def known_sum(counts: Sequence[int | None]) -> int | None:
     return sum(known) if len(known) == len(counts) else None
 
 
-def wide(tensor: Tensor) -> torch.dtype:
-    """The type to square and sum in."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def square_sum(gradient: Tensor) -> Tensor:
     """Sum of the squares."""
     gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return gradient.detach().to(wide(gradient)).square().sum()
+    return wide(gradient.detach()).square().sum()
 
 
 def to_host(*groups: dict[Any, Tensor]) -> list[dict[Any, Array]]:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 class Batch(NamedTuple):
     """The batch in the arguments of a model's forward."""
 
-    inputs: list[Tensor]
     carriers: list[Tensor]  # inputs with an axis of examples
     size: int | None  # examples; None without a carrier
     tokens: int | None  # where the inputs are indices [batch, positions]
@@ -21,11 +20,9 @@ class Batch(NamedTuple):
 
 def read_batch(args: tuple[Any, ...], kwargs: Mapping[str, Any], batch_dim: int) -> Batch:
     """The batch, as large as the axis `batch_dim` of the first tensor that has one."""
-    inputs = list(tensors_in((args, kwargs)))
-    carriers = [t for t in inputs if t.ndim > batch_dim and t.numel()]
+    carriers = [t for t in tensors_in((args, kwargs)) if t.ndim > batch_dim and t.numel()]
     ids = [t for t in carriers if t.ndim == 2 and not t.is_floating_point()]
     return Batch(
-        inputs,
         carriers,
         carriers[0].shape[batch_dim] if carriers else None,
         ids[0].numel() if ids else None,

@@ -53,7 +53,7 @@ def flattened_from(x: Tensor, batch: int, rows: int) -> int | None:
     total, node, sizes = batch * rows, x.grad_fn, None
     while node is not None and node.name() in VIEWS:
         sizes = tuple(node._saved_self_sym_sizes)  # of the view's argument
-        if sizes[0] != total:
+        if sizes[:1] != (total,):
             break
         node = node.next_functions[0][0]  # a view that left the first axis alone
     base = x._base if x.grad_fn is None else None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gnsmon.norms.contractions import wider
 from gnsmon.norms.forms import Form
 from gnsmon.norms.inputs import Announce, Inert, in_backward, is_transformed, read_batch
 from gnsmon.norms.layout import (
@@ -95,7 +96,7 @@ class LayerTap:
         self._irregular = False  # its last rows had nothing to do with the batch
         p = next(iter(own.values()))
         size = 1 + len(taps.methods) * len(own) + sum(self.rows.values())
-        self.probe = torch.zeros(size, dtype=_wide(p), device=p.device, requires_grad=True)
+        self.probe = torch.zeros(size, dtype=wider(p.dtype), device=p.device, requires_grad=True)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -145,14 +146,6 @@ class LayerTap:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Inert, ()
-
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The layer's parameters under their names in the model."""
-        for own, name in self.pairs():
-            owner, _, last = own.rpartition(".")
-            p = getattr(self.module.get_submodule(owner), last, None)
-            if isinstance(p, nn.Parameter):
-                yield name, p
 
     def pairs(self) -> Iterator[tuple[str, str]]:
         """The layer's own names of its parameters, each with the name in the model."""
@@ -381,9 +374,9 @@ class Taps:
         self._bypassed: set[int] = set()  # layers whose parameters another's tap looks after
         for path, module in model.named_modules():
             self._tap(path, module)
-        self.uses = Counter(name for tap in self.layers for name in tap.names)
+        uses = Counter(name for tap in self.layers for name in tap.names)
         for tap in self.layers:
-            tap.shared = any(self.uses[name] > 1 for name in tap.names)
+            tap.shared = any(uses[name] > 1 for name in tap.names)
             for name in tap.names:
                 # Held by a module without a tap too, as a masked language model's head does; the
                 # proof against .grad shows whether that one uses it.
@@ -555,11 +548,7 @@ def _parameter_names(kind: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)
 
 
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
-
-
 def _signs(p: Tensor, generator: torch.Generator) -> Tensor:
     """Random signs [elements behind the first axis of p]."""
     bits = torch.randint(0, 2, (prod(p.shape[1:]),), generator=generator)
-    return (2 * bits - 1).to(p.device, _wide(p))
+    return (2 * bits - 1).to(p.device, wider(p.dtype))
