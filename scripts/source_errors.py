@@ -2,10 +2,10 @@
 
     python scripts/source_errors.py --steps 200
 
-A character GPT is trained for `warmup` steps; from then on every step is measured by every source at
-once. "of q": the source's sum of squared norms against the exact one of the same step, its root mean
-square and its mean with standard error. "S", "|G|^2": the one-step estimates' mean over the exact
-source's, of paired steps, and their standard deviation over the mean: what one step is worth.
+A character GPT is trained for `warmup` steps; from then on every step is measured by every source
+at once. "of q": the source's sum of squared norms against the exact one of the same step, its root
+mean square and its mean with standard error. "S", "|G|^2": the one-step estimates' mean over the
+exact source's, of paired steps, and their standard deviation over the mean: what a step is worth.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(
         optimizer.step()
         optimizer.zero_grad()
 
-    for _, (x, y) in zip(range(warmup), batches):
+    for _, (x, y) in zip(range(warmup), batches, strict=False):
         step(x, y)
     if frozen:
         optimizer.param_groups[0]["lr"] = 0.0
@@ -71,8 +71,9 @@ def run(model, optimizer, step, batches, steps, calibrate_every) -> dict:
     def keep(reading: gnsmon.Reading) -> None:
         kept.setdefault(reading.method, []).append(reading)
 
-    with tempfile.TemporaryDirectory() as folder:
-        with gnsmon.attach(
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        gnsmon.attach(
             model,
             optimizer,
             method=METHODS,
@@ -81,9 +82,10 @@ def run(model, optimizer, step, batches, steps, calibrate_every) -> dict:
             groups="total",
             sinks=[keep],
             run_dir=folder,
-        ):
-            for _, (x, y) in zip(range(steps), batches):
-                step(x, y)
+        ),
+    ):
+        for _, (x, y) in zip(range(steps), batches, strict=False):
+            step(x, y)
     return {
         method: {
             "q": np.array([r.raw.parts_sq_norm for r in readings]),

@@ -90,6 +90,12 @@ class PerExample:
             subspace=subspace,
             probes=probes,
         )
+        if "norm_layers" in methods and not self._in_norms():
+            self.taps.remove()
+            raise ValueError(
+                "method 'norm_layers': the model has no normalisation layer with parameters that "
+                "could be measured; use method='sketch' or 'pepgns'"
+            )
         self._exact = False  # whether the present step is measured exactly too
         self.taps.ready(self._fired)
         self.names = [name for name, _ in model.named_parameters()]
