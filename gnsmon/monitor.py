@@ -504,6 +504,7 @@ class Monitor:
             "optimizer": [type(o).__name__ for o in self._optimizers],
             "methods": list(self.config.method),
             "every": self.config.every,
+            "calibrate_every": self.config.calibrate_every,
             "decay": self.config.decay,
             "half_life": self.config.half_life,
             "window": self.config.window,

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from gnsmon.estimators.values import Reading
 from gnsmon.sinks.jsonl import Log, Record, log_file, read_log
-from gnsmon.sinks.wording import interval, noise_scale, number, verdict
+from gnsmon.sinks.wording import approximation, interval, noise_scale, number, verdict
 
 MOST_GROUPS = 12
 Rows = tuple[tuple[str, ...], ...]
@@ -127,10 +127,15 @@ def _now(log: Log, reading: Reading) -> Section:
     lines.append(f"Averaged over about {reading.n_eff:.0f} measured steps.")
     if reading.overhead is not None:
         lines.append(f"Cost of measuring: {reading.overhead:.1%} of the training time.")
-    others = [r for r in map(log.latest, log.methods[1:]) if r]
-    return Section(
-        "Now", (*lines, *(f"By {r.method}: {noise_scale(r, log.level)}." for r in others))
-    )
+    if known := approximation(reading):
+        lines.append(f"Its source is approximate: {known}.")
+    lines += [_by(r, log.level) for r in map(log.latest, log.methods[1:]) if r]
+    return Section("Now", tuple(lines))
+
+
+def _by(reading: Reading, level: float) -> str:
+    known = approximation(reading)
+    return f"By {reading.method}: {noise_scale(reading, level)}" + (f"; {known}." if known else ".")
 
 
 def _trend(log: Log) -> Section:

@@ -392,3 +392,47 @@ def test_without_the_rest_there_is_no_measurement(tmp_path):
             optimizer.step()
     assert gns.reading is None
     assert gns.skipped == {"one part": 1}
+
+
+# Compiled.
+
+
+def untied():
+    model, batch = text(layers=1)
+    model.lm_head.weight = nn.Parameter(1.1 * model.wte.weight.detach())
+    return model, batch
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize(
+    ("backend", "methods", "graphs"),
+    [
+        ("aot_eager", ["pepgns", "sogns", "sketch"], 1),
+        ("aot_eager", ["sogns", "norm_layers"], 2),
+        ("inductor", ["pepgns", "sogns", "sketch"], 1),
+    ],
+)
+def test_one_graph_and_the_same_norms_when_compiled(backend, methods, graphs):
+    """A second graph where some steps are measured exactly too."""
+    torch._dynamo.reset()
+    found = {}
+    for compiled in (False, True):
+        model, batch = untied()
+        collector = PerExample(model, methods, calibrated=True, subspace=4, strict=True)
+        for sketch in collector.taps.sketches.values():
+            sketch.passes = 0
+        torch._dynamo.utils.counters.clear()
+        call = torch.compile(model, backend=backend, fullgraph=True) if compiled else model
+        for step in range(4):
+            collector.arm(True, exact=graphs == 2 and step % 2 == 0)
+            model.zero_grad()
+            loss_of(call, batch).backward()
+            found[compiled, step] = collector.close()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    for step in range(4):
+        eager, own = found[False, step], found[True, step]
+        assert own.keys() == eager.keys()
+        for method, norms in own.items():
+            assert norms.missing == eager[method].missing
+            expected = eager[method].parts_sq_norm
+            np.testing.assert_allclose(norms.parts_sq_norm, expected, rtol=1e-9)

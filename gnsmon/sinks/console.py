@@ -9,7 +9,7 @@ import rich.console
 from rich.text import Text
 
 from gnsmon.estimators.values import Reading
-from gnsmon.sinks.wording import noise_scale, verdict
+from gnsmon.sinks.wording import approximation, noise_scale, verdict
 
 STYLE = {"ok": "green", "wide": "yellow", "lower_bound": "yellow", "undefined": "dim"}
 
@@ -58,6 +58,8 @@ class Console:
         line.append("" if method == self._primary else f"[{method}] ", style="cyan")
         line.append(noise_scale(reading, self._level), style=STYLE[reading.status])
         line.append(f"  {verdict(reading)}")
+        known = approximation(reading)
+        line.append(f"  | {known}" if known else "", style="dim")
         line.append(f"  | suggested {suggested:,}" if suggested else "", style="bold")
         line.append(f"  | {reading.coverage:.0%} covered" if reading.coverage < 0.995 else "")
         self._say(line)

@@ -24,6 +24,7 @@ def scalars(reading: Reading, prefix: str = "gns") -> dict[str, float]:
         "suggested_batch_size": reading.suggested_batch_size,
         "coverage": reading.coverage,
         "overhead": reading.overhead,
+        **_approximation(reading),
         "skipped_steps": sum(reading.skipped.values()),
         **{f"layer/{name}/b_simple": group.b_simple for name, group in reading.groups.items()},
     }
@@ -32,3 +33,11 @@ def scalars(reading: Reading, prefix: str = "gns") -> dict[str, float]:
         for key, value in values.items()
         if value is not None and math.isfinite(value)
     }
+
+
+def _approximation(reading: Reading) -> dict[str, float | None]:
+    known = reading.approximation
+    if known is None:
+        return {}
+    names = ("factor", "spread", "standard_error", "amplification")
+    return {f"approximation/{name}": getattr(known, name) for name in names}

@@ -33,6 +33,23 @@ def noise_scale(reading: Reading | GroupReading, level: float = 0.95) -> str:
     return f"{about} {number(reading.b_simple)} ({level * 100:g}%: {interval(reading)})"
 
 
+def approximation(reading: Reading | GroupReading) -> str:
+    """How far an approximate source may be off, in one phrase; empty where it is exact."""
+    known = reading.approximation
+    if known is None:
+        return ""
+    if known.factor is None:
+        return "a proxy, not calibrated"
+    words = [f"corrected by {known.factor:.2g}"] if known.exact_steps else []
+    if known.spread is not None:
+        words.append(f"{known.spread:.1%} off at later exact steps")
+    elif known.standard_error is not None:
+        words.append(f"norms known to {known.standard_error:.1%}")
+    if known.amplification is not None:
+        words.append(f"errors count {known.amplification:.2g} times in |G|²")
+    return ", ".join(words)
+
+
 def verdict(reading: Reading) -> str:
     """The step's batch against the noise scale; "too small" only where the interval says so."""
     batch, b_simple, low, high = reading.examples, reading.b_simple, reading.low, reading.high
