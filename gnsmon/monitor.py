@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gnsmon.advice import Advice, advise
-from gnsmon.collectors import microbatch, per_example
+from gnsmon.collectors import microbatch, per_example, random_signs
 from gnsmon.collectors.groups import group_of
-from gnsmon.collectors.step import NO_BACKWARD, NO_TAP, UNUSED, Skipped, StepNorms
+from gnsmon.collectors.step import NO_BACKWARD, NO_LOSSES, NO_TAP, UNUSED, Skipped, StepNorms
 from gnsmon.config import MonitorConfig, load, parse_half_life
 from gnsmon.estimators import Estimator, GroupReading, NormPair, Raw, Reading, obstacle
 from gnsmon.estimators.values import SCHEMA, Array
@@ -231,6 +231,29 @@ class Monitor:
         for source in self._sources:
             source.collector.weigh(torch.as_tensor(weights))
 
+    def losses(self, losses: Tensor) -> None:
+        """Tell the loss of each example between forward and backward, for "random_signs".
+
+            losses = F.cross_entropy(model(x), y, reduction="none")
+            gns.losses(losses)
+            losses.mean().backward()
+
+        Once for each forward. The rest of the loop stays as it is: mean or sum, weights, loss
+        scaling and accumulation are seen in the backward. With other methods, in steps that are
+        not measured and under `torch.no_grad` it does nothing.
+
+        Args:
+            losses: [B] with its graph, the same tensor that the backward comes through; it holds
+                the whole loss of each example. Of losses by token, each example's sum.
+
+        Raises:
+            ValueError: when strict, on another shape or without a graph; otherwise the
+                measurement is left out and the reason told.
+        """
+        for collector in (source.collector for source in self._sources):
+            if isinstance(collector, random_signs.RandomSigns):
+                collector.losses(losses)
+
     def log_loss(self, value: float, step: int | None = None) -> None:
         """Record the training loss beside the readings, of the last step unless `step` is given."""
         step = max(self.step - 1, 0) if step is None else step
@@ -350,7 +373,8 @@ class Monitor:
     def _take(self, source: _Source, norms: StepNorms | Skipped | None) -> None:
         if isinstance(norms, Skipped):
             # With several optimizers, another one's step may have closed this one's measurement.
-            if norms.reason not in (NO_TAP, NO_BACKWARD) or source.last_step != self.step:
+            closed = norms.reason in (NO_TAP, NO_BACKWARD, NO_LOSSES)
+            if not closed or source.last_step != self.step:
                 self._skip(source, norms)
             return
         if norms is None:
@@ -431,7 +455,8 @@ class Monitor:
         if each is None:
             raise ValueError(
                 "half_life in tokens, but the tokens of a step are not known: pass weights= with "
-                "each example's number of tokens, or give half_life in examples"
+                "each example's number of tokens (with method='random_signs' gns.weigh), or give "
+                "half_life in examples"
             )
         return float(max(steps, 1) * each)
 
@@ -536,6 +561,10 @@ def _sources(
         for method in config.method
         if method in microbatch.METHODS
     }
+    for method in config.method:
+        if method in random_signs.METHODS:
+            signs = random_signs.RandomSigns(model, strict=config.strict)
+            sources[method] = _Source(signs, [method])
     if tapped:
         sources[tapped[0]] = _Source(per_example.PerExample(model, tapped, **options), tapped)
     return [sources[method] for method in config.method if method in sources]
