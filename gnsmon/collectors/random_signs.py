@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -37,8 +37,6 @@ SEVERAL = Skipped(
     "several backwards went through one vector of losses, so its examples are not known apart; "
     "call backward once after each gns.losses",
 )
-
-
 UNWEIGHTED = Skipped(
     "weights",
     "the loss takes some of gns.losses with a plus and others with a minus, or none at all; give "
@@ -51,7 +49,6 @@ ADVICE = {  # in PyTorch's error -> what to do
     ),
     "use_reentrant": "use checkpoint(..., use_reentrant=False)",
 }
-
 DISPROVED = (
     "the gradients of gns.losses do not add up to .grad (off by {:.1%}): another term of the loss "
     "reaches it too, a hook changes it, or it was not cleared since an earlier step"
@@ -66,7 +63,6 @@ class _Part:
     sq_norms: Tensor  # [names], |z|²
     weights: Tensor  # [4]: sum, sum of squares, least and largest
     examples: int
-    counts: Tensor | None  # of tokens, by hand
     proved: bool  # whether its gradient is in the proof
 
 
@@ -80,9 +76,10 @@ class RandomSigns:
     then. So c holds all that weighs and scales the examples, and nothing is to be configured.
 
     The proof takes a third backward, with all signs +1: sum_j u_j must be `.grad`, or the parameter
-    is left out. It shows what does not come through the vector: penalties, auxiliary losses,
-    gradients that were not cleared. Therefore it is made at the first measurement, at one in
-    `PROOF_EVERY` from then on, and when the vector reaches a parameter that was not proved yet.
+    is left out. It shows what does not come through the vector (penalties, auxiliary losses,
+    gradients that were not cleared) and hooks that are not linear. As it costs so much, it is made
+    at the first measurement, at one in `PROOF_EVERY` from then on, and when the vector reaches a
+    parameter that was not proved yet; verdicts hold in between.
 
     Args:
         model: whose parameters are trained.
@@ -160,6 +157,7 @@ class RandomSigns:
     def _discard(self) -> None:
         """The gradients so far were thrown away: begin again."""
         self._parts: list[_Part] = []
+        self._tokens: list[Tensor | None] = []  # of each backward
         self._sums: dict[str, Tensor] = {}
         self._big: dict[str, Tensor] = {}
         self._gaps: dict[str, Tensor] = {}
@@ -175,8 +173,8 @@ class RandomSigns:
                 "example's sum"
             )
         if all(losses is not given for given, _ in self._given.values()):
-            handle = losses.register_hook(partial(self._arrives, self._calls))
-            self._given[self._calls] = losses, handle
+            hook = partial(self._arrives, self._calls)
+            self._given[self._calls] = losses, losses.register_hook(hook)
             self._calls += 1
 
     # What a backward brings.
@@ -204,15 +202,15 @@ class RandomSigns:
             )
         with exactly(self.model):
             squares = torch.stack([square_sum(z).to(c.device) for z in signed.values()])
-            weights = wide(c)
+            weights = c.double()
             moments = weights.sum(), weights.square().sum(), weights.min(), weights.max()
         names = list(signed)
         del signed  # one gradient at a time
         due = self._measured % PROOF_EVERY == 0 or not self._verdicts.keys() >= set(names)
-        sums = self._gradients(key, losses, c, trainable) if due else {}
-        part = _Part(names, squares, torch.stack(moments), len(c), self._counts, due)
+        # By half, so that a hook that clamps or normalises does not add up.
+        sums = self._gradients(key, losses, c / 2, trainable) if due else {}
+        part = _Part(names, squares, torch.stack(moments), len(c), due)
         self._arrived.append((key, part, sums))
-        self._counts = None
 
     def _gradients(
         self, key: int, losses: Tensor, weights: Tensor, of: Mapping[str, nn.Parameter]
@@ -241,6 +239,8 @@ class RandomSigns:
         # torch.autograd.grad comes through the losses too, but what it brings is not in .grad.
         if all(fingerprint(grads.get(name)) == was for name, was in before.items()):
             return
+        self._tokens.append(_tokens(self._counts, sum(part.examples for _, part, _ in arrived)))
+        self._counts = None
         for key, part, sums in arrived:
             self._given.pop(key)
             self._parts.append(part)
@@ -248,7 +248,7 @@ class RandomSigns:
                 self._sums[name] = self._sums[name] + g if name in self._sums else g
         self._big = {name: square_sum(grad) for name, grad in grads.items() if grad is not None}
         self._gaps = {
-            name: square_sum(_dense(total) - _dense(grad))
+            name: square_sum(2 * _dense(total) - _dense(grad))
             for name, total in self._sums.items()
             if (grad := grads.get(name)) is not None
         }
@@ -265,7 +265,7 @@ class RandomSigns:
             {j: part.weights for j, part in enumerate(self._parts)},
             self._big,
             self._gaps,
-            _tokens(self._parts),
+            {j: total for j, total in enumerate(self._tokens) if total is not None},
         )
         total, squared, least, largest = np.stack(list(weights.values()), axis=1)
         if least.min() < 0 < largest.max() or not total.sum():
@@ -282,7 +282,9 @@ class RandomSigns:
             sq_norms,
             big_sq_norm,
             float(squared.sum() / total.sum() ** 2),
-            known_sum([int(tokens[j][0]) if j in tokens else None for j in squares]),
+            known_sum(
+                [int(tokens[j][0]) if j in tokens else None for j in range(len(self._tokens))]
+            ),
         )
 
     def _nothing_came(self) -> Skipped:
@@ -361,23 +363,21 @@ class RandomSigns:
 @contextmanager
 def _unnoticed(model: nn.Module) -> Iterator[None]:
     """Random streams and buffers as they were, where a checkpoint computes its forward again."""
-    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
-        for buffer, version, before in buffers:
-            if buffer._version != version:  # to write to one that a graph has saved would break it
-                buffer.copy_(before)
+        for buffer, before in buffers:
+            buffer.data.copy_(before)  # .data: a graph that has saved it is not to count a change
 
 
 def _dense(gradient: Tensor) -> Tensor:
     return wide((gradient.to_dense() if gradient.is_sparse else gradient).detach())
 
 
-def _tokens(parts: Sequence[_Part]) -> dict[int, Tensor]:
-    """Sums of the counts of tokens, by part; floating-point weights are none."""
-    given = {j: part for j, part in enumerate(parts) if part.counts is not None}
-    counts = {j: check_weights(part.counts, part.examples) for j, part in given.items()}
-    return {j: w.sum() for j, w in counts.items() if not w.is_floating_point()}
+def _tokens(counts: Tensor | None, examples: int) -> Tensor | None:
+    """Their sum; None where none are given, or weights of floating point."""
+    counts = None if counts is None else check_weights(counts, examples)
+    return None if counts is None or counts.is_floating_point() else counts.sum()
