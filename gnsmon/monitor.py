@@ -127,7 +127,7 @@ def attach(
             unequal length): called with the arguments of the model's forward, gives a weight for
             each example, [B], up to a factor that is the same throughout an optimizer step.
             Integers are taken as counts of tokens. See also `Monitor.weigh`. Microbatches weigh
-            what their examples do.
+            what their examples do; "random_signs" sees the weights by itself.
         config: a `MonitorConfig` or a TOML file of its settings.
         settings: any field of `MonitorConfig`, over those of `config`.
 

@@ -44,8 +44,8 @@ UNWEIGHTED = Skipped(
 )
 ADVICE = {  # in PyTorch's error -> what to do
     "donated buffers": (
-        "a compiled model frees what it needs; set torch._functorch.config.donated_buffer = False "
-        "before the first backward"
+        "a compiled model frees what it needs; import torch._functorch.config and set "
+        "torch._functorch.config.donated_buffer = False before the first backward"
     ),
     "use_reentrant": "use checkpoint(..., use_reentrant=False)",
 }
