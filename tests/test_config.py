@@ -22,10 +22,7 @@ def test_the_documented_file_holds_the_defaults():
         ({"zzzzzz": 3}, "unknown setting 'zzzzzz'; known: method, every"),
         ({"every": 0}, "every: Input should be greater than or equal to 1, got 0"),
         ({"decay": 1.0}, "decay: Input should be less than 1, got 1.0"),
-        (
-            {"method": "pepgn"},
-            "'microbatch', 'subbatch' or 'random_signs', got",
-        ),
+        ({"method": "pepgn"}, "method.0: Input should be 'pepgns', 'sogns', 'microbatch', 'subb"),
         ({"method": ["sogns", "sogns"]}, "method names a source twice"),
         ({"method": []}, "method: List should have at least 1 item"),
         ({"decay": 0.9, "window": 5}, "decay and window are set; the averages take one of them"),
