@@ -143,14 +143,15 @@ def check(model: nn.Module, loss: Callable[[Any, Any], Tensor], batch: Any) -> C
         raise ValueError(f"nothing could be measured: {norms.detail if norms else 'no step'}")
     _expect_mean(model, gradients)
     owner = {id(p): type(m).__name__ for m in model.modules() for p in m._parameters.values()}
-    noise = 1e-24 * max(max(parts) for parts in norms.parts_sq_norm.values())  # rounding's share
+    noise = 1e-24 * max(max(of.parts_sq_norm) for of in norms.values())  # rounding's share
+    missing = norms["pepgns"].missing
     rows = []
     for i, (name, p) in enumerate(model.named_parameters()):
         if not p.requires_grad:
             continue
         exact = sum(float(g[name].square().sum()) for g in gradients) / len(gradients) ** 2
-        reason = norms.missing.get(name)
-        found = {method: parts[i] for method, parts in norms.parts_sq_norm.items()}
+        reason = missing.get(name)
+        found = {method: of.parts_sq_norm[i] for method, of in norms.items()}
         rows.append(
             Row(
                 name=name,

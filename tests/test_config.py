@@ -19,10 +19,16 @@ def test_the_documented_file_holds_the_defaults():
     ("settings", "words"),
     [
         ({"evry": 3}, "unknown setting 'evry'; did you mean 'every'?"),
-        ({"zzzzzz": 3}, "unknown setting 'zzzzzz'; known: method, every"),
+        ({"zzzzzz": 3}, "unknown setting 'zzzzzz'; known: method, calibrate_every"),
         ({"every": 0}, "every: Input should be greater than or equal to 1, got 0"),
         ({"decay": 1.0}, "decay: Input should be less than 1, got 1.0"),
-        ({"method": "pepgn"}, "method.0: Input should be 'pepgns', 'sogns', 'microbatch', 'subb"),
+        ({"method": "pepgn"}, "expected one of pepgns, sketch, sogns, norm_layers, microbatch"),
+        (
+            {"method": "pepgns+sogns"},
+            "a plus between one of pepgns, sketch, sogns and one of",
+        ),
+        ({"method": "microbatch+pepgns"}, "got 'microbatch+pepgns'"),
+        ({"calibrate_every": 5}, "calibrate_every is for sogns and norm_layers, and method is"),
         ({"method": ["sogns", "sogns"]}, "method names a source twice"),
         ({"method": []}, "method: List should have at least 1 item"),
         ({"decay": 0.9, "window": 5}, "decay and window are set; the averages take one of them"),

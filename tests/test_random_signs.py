@@ -33,7 +33,7 @@ def losses_of(model, batch):
 
 
 def collector(gns):
-    return next(s.collector for s in gns._sources if isinstance(s.collector, RandomSigns))
+    return next(c for c, _ in gns._sources if isinstance(c, RandomSigns))
 
 
 def parts(model, batch, weights=None, losses_of=losses_of):
@@ -775,3 +775,12 @@ def test_compiled_with_donated_buffers_is_refused_with_what_to_do():
         for name, u in parts(model, batch).items():
             grad = model.get_parameter(name).grad
             torch.testing.assert_close(grad.flatten(), u.sum(0), rtol=1e-10, atol=1e-14)
+
+
+def test_it_fills_what_the_layer_rules_leave_out():
+    model, optimizer, batch = make(Positions)
+    with watch(model, optimizer, method="pepgns+random_signs") as gns:
+        accumulation(gns, model, optimizer, batch)
+        assert gns.reading.coverage == 1
+        u = torch.cat(list(parts(model, batch).values()), 1)
+        assert gns.reading.raw.big_sq_norm == pytest.approx(float(u.sum(0).square().sum()), 1e-10)

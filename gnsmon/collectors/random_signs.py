@@ -19,6 +19,7 @@ from gnsmon.collectors.step import (
     NO_LOSSES,
     TOLERANCE,
     UNUSED,
+    Measured,
     Skipped,
     StepNorms,
     check_weights,
@@ -101,11 +102,11 @@ class RandomSigns:
         self._counts: Tensor | None
         self._clear()
 
-    def arm(self, measure: bool) -> None:
-        """Measure the next step, or let it pass."""
+    def arm(self, measure: bool, *, exact: bool = False) -> None:
+        """Measure the next step, or let it pass; there is nothing more exact to be had."""
         self.wanted = measure
 
-    def close(self) -> StepNorms | Skipped | None:
+    def close(self) -> Measured | Skipped | None:
         """The step's norms, read after its optimizer step; None when it was not to be measured."""
         try:
             with exactly(self.model):
@@ -255,7 +256,7 @@ class RandomSigns:
 
     # What the step brings.
 
-    def _close(self) -> StepNorms | Skipped:
+    def _close(self) -> Measured | Skipped:
         if self._backwards.fault is not None:
             return self._backwards.fault
         if not self._parts:
@@ -319,7 +320,7 @@ class RandomSigns:
         big: Mapping[str, float],
         sum_sq_weights: float,
         tokens: int | None,
-    ) -> StepNorms | Skipped:
+    ) -> Measured | Skipped:
         trainable = [name for name, p in self.model.named_parameters() if p.requires_grad]
         missing = {name: why for name in trainable if (why := self._why(name, sq_norms, big))}
         measured = set(trainable) - missing.keys()
@@ -332,9 +333,9 @@ class RandomSigns:
             return np.array([values[n] if n in measured else 0.0 for n in self.names])
 
         whole, big_sq_norm = sum(big.values()), of_measured(big)
-        return StepNorms(
+        norms = StepNorms(
             big_sq_norm=big_sq_norm,
-            parts_sq_norm={METHODS[0]: of_measured(sq_norms)},
+            parts_sq_norm=of_measured(sq_norms),
             sum_sq_weights=sum_sq_weights,
             examples=sum(part.examples for part in self._parts),
             tokens=tokens,
@@ -343,6 +344,7 @@ class RandomSigns:
             missing=missing,
             norm_fraction=float(big_sq_norm.sum() / whole) if whole > 0 else None,
         )
+        return {METHODS[0]: norms}
 
     def _why(
         self, name: str, sq_norms: Mapping[str, float], big: Mapping[str, float]
