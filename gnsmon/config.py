@@ -17,7 +17,7 @@ else:
     import tomli as tomllib
 
 TAPPED = ("pepgns", "sketch", "sogns", "norm_layers")
-OTHERS = ("microbatch", "subbatch")
+OTHERS = ("microbatch", "subbatch", "random_signs")
 FILLED = ("pepgns", "sketch", "sogns")  # of which another source may fill the gaps
 CALIBRATED = ("sogns", "norm_layers")
 HALF_LIFE = re.compile(
@@ -37,7 +37,9 @@ class MonitorConfig(BaseModel):
     By example: "pepgns" (exact), "sketch" (unbiased, in time linear in positions), "sogns" (an
     approximation), "norm_layers" (of their parameters alone). Microbatches of gradient
     accumulation, for any model: "microbatch" (all), "subbatch" (the first against the whole step).
-    "pepgns+microbatch" takes the second source for the parameters that the first leaves out.
+    One more backward of randomly signed losses, for any model: "random_signs", which wants
+    `Monitor.losses`. "pepgns+microbatch" takes the second source for the parameters that the
+    first leaves out.
     """
     calibrate_every: int | None = Field(None, ge=1)
     """For sogns and norm_layers: one measured step in this many is measured exactly too."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from gnsmon.collectors import microbatch, per_example
+from gnsmon.collectors import microbatch, per_example, random_signs
 from gnsmon.collectors.combine import combined
 from gnsmon.collectors.step import Skipped, StepNorms
 from gnsmon.config import MonitorConfig
@@ -38,6 +38,9 @@ def sources(
         for name in wanted
         if name in microbatch.METHODS
     }
+    for name in wanted:
+        if name in random_signs.METHODS:
+            found[name] = (random_signs.RandomSigns(model, strict=config.strict), [name])
     if tapped:
         collector = per_example.PerExample(
             model,

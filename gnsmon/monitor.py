@@ -26,7 +26,16 @@ from torch.optim import Optimizer
 from gnsmon.advice import Advice, advise
 from gnsmon.collectors.groups import group_of
 from gnsmon.collectors.per_example import NOT_A_NORM
-from gnsmon.collectors.step import NO_BACKWARD, NO_TAP, UNUSED, Measured, Skipped, StepNorms
+from gnsmon.collectors.random_signs import RandomSigns
+from gnsmon.collectors.step import (
+    NO_BACKWARD,
+    NO_LOSSES,
+    NO_TAP,
+    UNUSED,
+    Measured,
+    Skipped,
+    StepNorms,
+)
 from gnsmon.config import MonitorConfig, load, parse_half_life
 from gnsmon.estimators import Estimator, GroupReading, NormPair, Raw, Reading, obstacle
 from gnsmon.estimators.values import SCHEMA, Array
@@ -111,7 +120,7 @@ def attach(
             unequal length): called with the arguments of the model's forward, gives a weight for
             each example, [B], up to a factor that is the same throughout an optimizer step.
             Integers are taken as counts of tokens. See also `Monitor.weigh`. Microbatches weigh
-            what their examples do.
+            what their examples do; "random_signs" sees the weights by itself.
         config: a `MonitorConfig` or a TOML file of its settings.
         settings: any field of `MonitorConfig`, over those of `config`.
 
@@ -216,6 +225,29 @@ class Monitor:
         """Weigh the examples of the batch whose backward comes next; see `attach`."""
         for collector, _ in self._sources:
             collector.weigh(torch.as_tensor(weights))
+
+    def losses(self, losses: Tensor) -> None:
+        """Tell the loss of each example between forward and backward, for "random_signs".
+
+            losses = F.cross_entropy(model(x), y, reduction="none")
+            gns.losses(losses)
+            losses.mean().backward()
+
+        Once for each forward. The rest of the loop stays as it is: mean or sum, weights, loss
+        scaling and accumulation are seen in the backward. With other methods, in steps that are
+        not measured and under `torch.no_grad` it does nothing.
+
+        Args:
+            losses: [B] with its graph, the same tensor that the backward comes through; it holds
+                the whole loss of each example. Of losses by token, each example's sum.
+
+        Raises:
+            ValueError: when strict, on another shape or without a graph; otherwise the
+                measurement is left out and the reason told.
+        """
+        for collector, _ in self._sources:
+            if isinstance(collector, RandomSigns):
+                collector.losses(losses)
 
     def log_loss(self, value: float, step: int | None = None) -> None:
         """Record the training loss beside the readings, of the last step unless `step` is given."""
@@ -359,8 +391,8 @@ class Monitor:
         norms = None if method.off else method.norms(found)
         if isinstance(norms, Skipped):
             # With several optimizers, another one's step may have closed this one's measurement.
-            closed = norms.reason in (NO_TAP, NO_BACKWARD) and method.last_step == self.step
-            return None if closed else norms
+            closed = norms.reason in (NO_TAP, NO_BACKWARD, NO_LOSSES)
+            return None if closed and method.last_step == self.step else norms
         if norms is None:
             return None
         pair = method.pair(norms)
@@ -426,7 +458,8 @@ class Monitor:
         if each is None:
             raise ValueError(
                 "half_life in tokens, but the tokens of a step are not known: pass weights= with "
-                "each example's number of tokens, or give half_life in examples"
+                "each example's number of tokens (with method='random_signs' gns.weigh), or give "
+                "half_life in examples"
             )
         return float(max(steps, 1) * each)
 

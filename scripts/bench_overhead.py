@@ -27,29 +27,38 @@ Step = Callable[[], None]
 
 def digits() -> tuple[torch.nn.Module, Callable[[torch.nn.Module], torch.Tensor]]:
     images, labels = torch.randn(64, 1, 28, 28), torch.randint(10, (64,))
-    return DigitsCNN(), lambda model: F.cross_entropy(model(images), labels)
+    return DigitsCNN(), lambda model: F.cross_entropy(model(images), labels, reduction="none")
 
 
 def text() -> tuple[torch.nn.Module, Callable[[torch.nn.Module], torch.Tensor]]:
     window = torch.randint(96, (8, 129))
     x, y = window[:, :-1], window[:, 1:]
-    return CharGPT(96), lambda model: F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+    return CharGPT(96), lambda model: by_example(model(x), y)
+
+
+def by_example(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(targets.shape).mean(1)
 
 
 def training_step(
     make: Callable[[], tuple], method: str | None, every: int, *, microbatches: int = 1
 ) -> Step:
     torch.manual_seed(0)
-    model, loss = make()
+    model, losses_of = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    gns = None
     if method is not None:
         settings = {"method": method, "every": every, "run_dir": tempfile.mkdtemp()}
-        gnsmon.attach(model, optimizer, **settings)
+        gns = gnsmon.attach(model, optimizer, **settings)
 
     def step() -> None:
         optimizer.zero_grad()
         for _ in range(microbatches):
-            loss(model).backward()
+            losses = losses_of(model)
+            if gns is not None:
+                gns.losses(losses)
+            losses.mean().backward()
         optimizer.step()
 
     return step
@@ -75,6 +84,7 @@ def main(
         variants = {
             "measured, pepgns": (training_step(make, "pepgns", 1), bare),
             "measured, sogns": (training_step(make, "sogns", 1), bare),
+            "measured, random_signs": (training_step(make, "random_signs", 1), bare),
             "measured, microbatch": (
                 training_step(make, "microbatch", 1, microbatches=2),
                 bare_of_two,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ class Backwards:
         discarded: called when the gradients of the backwards so far turn out to be thrown away.
         strict: raise what goes wrong instead of keeping it as the `fault` of the measurement.
     """
+
+    own: ClassVar[set[int]] = set()  # graph tasks of the backwards that a collector itself runs
 
     def __init__(
         self,
@@ -44,11 +46,13 @@ class Backwards:
         self._forwards = 0
         self._sentinel.forget()
 
-    def under_way(self, forwards: int) -> None:
-        """A hook fired in a backward, after so many forwards since the last measured one."""
+    def under_way(self, forwards: int) -> bool:
+        """A hook fired in a backward, after so many forwards; whether it is one of training."""
         task = torch._C._current_graph_task_id()
+        if task in self.own:
+            return False
         if task in self._running:
-            return
+            return True
         if self._running and forwards > self._forwards:
             self._running.clear()
             self.fault = Skipped("backward failed", "a backward pass ended in an exception")
@@ -63,12 +67,18 @@ class Backwards:
             queue(lambda: queue(lambda: self._end(task)))
         except (AssertionError, RuntimeError) as error:  # compiled autograd has no such queue
             self.fault = Skipped("fault", f"the end of backward cannot be seen: {error}")
+        return True
 
     def guarded(self, fn: Callable[..., None], *args: Any) -> None:
-        """`fn(*args)`, exactly; unless strict, a failure is kept and does not reach the user."""
+        """`fn(*args)`, exactly and surviving."""
+        with self.surviving(), exactly(self._model):
+            fn(*args)
+
+    @contextmanager
+    def surviving(self) -> Iterator[None]:
+        """Unless strict, a failure is kept and does not reach the user."""
         try:
-            with exactly(self._model):
-                fn(*args)
+            yield
         except Exception as error:
             if self._strict:
                 raise
@@ -93,6 +103,14 @@ def exactly(model: nn.Module) -> Iterator[None]:
     device = next(model.parameters()).device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
+
+
+Fingerprint = tuple[int, int] | None
+
+
+def fingerprint(grad: Tensor | None) -> Fingerprint:
+    """Another one after anything was added to `grad`, in place or not."""
+    return None if grad is None else (id(grad), grad._version)
 
 
 class _Sentinel:

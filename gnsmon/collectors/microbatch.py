@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gnsmon.collectors.backward import Backwards, exactly
+from gnsmon.collectors.backward import Backwards, Fingerprint, exactly, fingerprint
 from gnsmon.collectors.step import (
     HALF_TOLERANCE,
     NO_BACKWARD,
@@ -169,7 +169,7 @@ class Microbatch:
         self._backwards.clear()
         self._parts: list[_Part] = []
         self._big: dict[str, Tensor] = {}
-        self._seen: dict[str, tuple[_Fingerprint, Tensor]] = {}  # in the present backward
+        self._seen: dict[str, tuple[Fingerprint, Tensor]] = {}  # in the present backward
         self._torn: set[str] = set()
         self._flowed: list[_Forward] = []  # into the present backward
         self._forwards = 0  # since the last microbatch
@@ -219,19 +219,18 @@ class Microbatch:
     # What a backward brings.
 
     def _flows(self, forward: _Forward, _: Tensor) -> None:
-        if self.wanted:
-            self._backwards.under_way(self._forwards)
-            if forward not in self._flowed:
-                self._flowed.append(forward)
+        training = self.wanted and self._backwards.under_way(self._forwards)
+        if training and forward not in self._flowed:
+            self._flowed.append(forward)
 
     def _gradient(self, name: str, p: nn.Parameter, gradient: Tensor) -> None:
-        self._backwards.under_way(self._forwards)
-        self._backwards.guarded(self._see, name, p.grad, gradient)
+        if self._backwards.under_way(self._forwards):
+            self._backwards.guarded(self._see, name, p.grad, gradient)
 
     def _see(self, name: str, grad: Tensor | None, gradient: Tensor) -> None:
         square = square_sum(gradient)
         growth = square if grad is None else square + 2 * _dot(grad, gradient)
-        before, values = _fingerprint(grad), torch.stack([square, growth])
+        before, values = fingerprint(grad), torch.stack([square, growth])
         if name in self._seen:  # a reentrant checkpoint: <u', u''> is not known
             self._torn.add(name)
             before, values = self._seen[name][0], self._seen[name][1] + values
@@ -243,7 +242,7 @@ class Microbatch:
         self._seen, self._torn, self._flowed = {}, set(), []
         grads = {n: p.grad for n, p in self.model.named_parameters() if p.requires_grad}
         # torch.autograd.grad runs the hooks too, but what it brings does not reach .grad.
-        landed = [n for n, (before, _) in seen.items() if _fingerprint(grads.get(n)) != before]
+        landed = [n for n, (before, _) in seen.items() if fingerprint(grads.get(n)) != before]
         if not landed:
             return
         device = seen[landed[0]][1].device
@@ -371,14 +370,6 @@ class Microbatch:
                 "its square): it was not cleared since an earlier step, or a hook changes it"
             )
         return None
-
-
-_Fingerprint = tuple[int, int] | None
-
-
-def _fingerprint(grad: Tensor | None) -> _Fingerprint:
-    """Another one after anything was added to `grad`, in place or not."""
-    return None if grad is None else (id(grad), grad._version)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class Skipped:
 Measured = dict[str, StepNorms]  # method -> its norms
 
 # Reasons to skip a step whose gradients another optimizer's step may have closed already.
-NO_TAP, NO_BACKWARD = "no tap fired", "no backward"
+NO_TAP, NO_BACKWARD, NO_LOSSES = "no tap fired", "no backward", "no losses"
 UNUSED = "no gradient in this step"
 SEVERAL = Skipped(
     "several passes",

@@ -78,9 +78,14 @@ def random_sign_sq_norms(
         generator: draws the signs, so that training's random stream does not notice.
         weights: w [B]; ones by default.
     """
-    signs = torch.randint(2, losses.shape, generator=generator, device=generator.device) * 2 - 1
-    signs = signs.to(losses)
+    signs = random_signs(losses, generator)
     return signed_sq_norms(model, losses, signs if weights is None else signs * weights)
+
+
+def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Independent +1 and -1, equally likely, of the shape and type of `like`."""
+    signs = torch.randint(2, like.shape, generator=generator, device=generator.device) * 2 - 1
+    return signs.to(like)
 
 
 def signed_sq_norms(model: nn.Module, losses: Tensor, signs: Tensor) -> dict[str, Tensor]:
