@@ -16,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Method = Literal["pepgns", "sogns", "microbatch", "subbatch"]
+Method = Literal["pepgns", "sogns", "microbatch", "subbatch", "ranks"]
 HALF_LIFE = re.compile(
     r"\s*(\d+(?:[,_]\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?)\s*([kMG]?)\s*(steps|examples|tokens)\s*"
 )
@@ -32,7 +32,8 @@ class MonitorConfig(BaseModel):
     """Sources of the small-batch norms, each its own reading; advice is given on the first.
 
     Examples: "pepgns" (exact), "sogns" (approximate). Microbatches of gradient accumulation, for
-    any model: "microbatch" (all), "subbatch" (the first against the whole step).
+    any model: "microbatch" (all), "subbatch" (the first against the whole step). The microbatches
+    of all ranks of DistributedDataParallel, one or more a rank: "ranks".
     """
     every: int = Field(10, ge=1)
     """Measure one optimizer step in this many."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import time
 import warnings
@@ -21,11 +22,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from gnsmon.advice import Advice, advise
 from gnsmon.collectors import microbatch, per_example
 from gnsmon.collectors.groups import group_of
+from gnsmon.collectors.reduction import Ranks
 from gnsmon.collectors.step import NO_BACKWARD, NO_TAP, UNUSED, Skipped, StepNorms
 from gnsmon.config import MonitorConfig, load, parse_half_life
 from gnsmon.estimators import Estimator, GroupReading, NormPair, Raw, Reading, obstacle
@@ -79,6 +82,7 @@ class _Source:
 
     collector: Collector
     methods: Sequence[str]
+    patience: float = PATIENCE
     last: StepNorms | None = None
     last_step: int | None = None
     faults: int = 0  # in a row
@@ -86,7 +90,7 @@ class _Source:
     @property
     def off(self) -> bool:
         """Whether it failed too often."""
-        return self.faults >= PATIENCE
+        return self.faults >= self.patience
 
 
 @dataclass(frozen=True)
@@ -161,14 +165,10 @@ class Monitor:
         scaler: Scaler | None = None,
         weights: Callable[..., Tensor] | None = None,
     ):
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            world = torch.distributed.get_world_size()
-            if world > 1:
-                raise ValueError(
-                    f"expected a single process, got {world} ranks: this version measures one "
-                    "process and would report the noise of its local batch only"
-                )
         model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+        self._ranks = _checked_ranks(model, config)
+        if isinstance(model, DistributedDataParallel):
+            model = getattr(model.module, "_orig_mod", model.module)
         self.config, self.model = config, model
         self._scaler = scaler
         optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
@@ -180,7 +180,7 @@ class Monitor:
                     f"optimizer: expected a torch.optim.Optimizer or several, got {o!r}; without "
                     "one call commit() after each step"
                 )
-        self._sources = _sources(model, config, weights)
+        self._sources = _sources(model, config, weights, self._ranks)
         self._groups, self._index = _index(
             self._sources[0].collector.names, group_of(model, config.groups)
         )
@@ -204,9 +204,10 @@ class Monitor:
         self._told: set[str] = set()  # parameters whose absence was warned of
         self._closed = False
         self._clock = _Clock(config.every)
-        self.run_dir = _run_dir(config)
+        writes = self._ranks.rank == 0
+        self.run_dir = _run_dir(config) if writes else None  # None on a rank that writes nothing
         self._sinks = SinkSet(
-            [open_sink(spec, self.run_dir) for spec in ["jsonl", *config.sinks]],
+            [open_sink(spec, self.run_dir) for spec in ["jsonl", *config.sinks] if writes],
             strict=config.strict,
         )
         self._started = False
@@ -322,7 +323,8 @@ class Monitor:
     def _stepped(self, first: bool) -> None:
         """An optimizer has stepped; the first of several counts the steps."""
         pending = any(source.collector.pending for source in self._sources)
-        if self._off or self._closed or not (first or pending):
+        # Of ranks all must take the same path, so that it may not depend on what is pending here.
+        if self._off or self._closed or not (first or (pending and self._ranks.size == 1)):
             return
         measured = any(source.collector.wanted for source in self._sources)
         for source in self._sources:
@@ -442,6 +444,7 @@ class Monitor:
             reading,
             present=reading.examples,
             microbatch=last.microbatch,
+            world_size=self._ranks.size,
             optimizer=type(self._optimizers[0]).__name__ if self._optimizers else None,
             tokens_per_example=reading.tokens / reading.examples if reading.tokens else None,
         )
@@ -471,7 +474,7 @@ class Monitor:
         """Warn of parameters that are left out, once of each."""
         new = {n: why for n, why in missing.items() if n not in self._told and why != UNUSED}
         self._told |= new.keys()
-        if new:
+        if new and self._ranks.rank == 0:
             left_out = "".join(f"\n  {name}: {why}" for name, why in new.items())
             share = self._coverage(source).fraction
             self._warn(f"{share:.1%} of the trainable parameters are measured; left out:{left_out}")
@@ -508,7 +511,7 @@ class Monitor:
             "window": self.config.window,
             "level": self.config.level,
             "unit": "examples",
-            "world_size": 1,
+            "world_size": self._ranks.size,
             "examples": last.examples if last else None,
             "microbatch": last.microbatch if last else None,
             "microbatches": last.microbatches if last else None,
@@ -521,8 +524,27 @@ class Monitor:
         }
 
 
+def _checked_ranks(model: nn.Module, config: MonitorConfig) -> Ranks:
+    """The ranks that train the model together; raises ValueError where the methods do not fit."""
+    ranks = Ranks.of(model)
+    if ranks.size > 1 and config.method != ["ranks"]:
+        raise ValueError(
+            f"method: expected 'ranks' in a run of {ranks.size} ranks, got {config.method}: the "
+            "others measure one process and would report the noise of its local batch only"
+        )
+    if ranks.size == 1 and "ranks" in config.method:
+        raise ValueError(
+            "method: 'ranks' compares the ranks of data-parallel training, and this is one "
+            "process; use 'pepgns', or attach after torch.distributed.init_process_group"
+        )
+    return ranks
+
+
 def _sources(
-    model: nn.Module, config: MonitorConfig, weights: Callable[..., Tensor] | None
+    model: nn.Module,
+    config: MonitorConfig,
+    weights: Callable[..., Tensor] | None,
+    ranks: Ranks,
 ) -> list[_Source]:
     """One collector for all methods that share the taps, and one for each other method."""
     options: dict[str, Any] = {
@@ -531,8 +553,12 @@ def _sources(
         "strict": config.strict,
     }
     tapped = [method for method in config.method if method in per_example.METHODS]
+    # A rank that switched itself off would leave the others waiting.
+    patience = PATIENCE if ranks.size == 1 else math.inf
     sources = {
-        method: _Source(microbatch.Microbatch(model, method, **options), [method])
+        method: _Source(
+            microbatch.Microbatch(model, method, ranks=ranks, **options), [method], patience
+        )
         for method in config.method
         if method in microbatch.METHODS
     }

@@ -24,7 +24,7 @@ def test_the_documented_file_holds_the_defaults():
         ({"decay": 1.0}, "decay: Input should be less than 1, got 1.0"),
         (
             {"method": "pepgn"},
-            "method.0: Input should be 'pepgns', 'sogns', 'microbatch' or 'subbatch', got",
+            "method.0: Input should be 'pepgns', 'sogns', 'microbatch', 'subbatch' or 'ranks', got",
         ),
         ({"method": ["sogns", "sogns"]}, "method names a source twice"),
         ({"method": []}, "method: List should have at least 1 item"),

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gnsmon.collectors.backward import Backwards, exactly
 from gnsmon.collectors.proof import Directions, gaps
+from gnsmon.collectors.reduction import Ranks, over_ranks
 from gnsmon.collectors.step import (
     HALF_TOLERANCE,
     NO_BACKWARD,
@@ -50,6 +51,7 @@ def first_part(sq_norms: Array, weights: Array) -> tuple[Array, float]:
 METHODS: dict[str, Callable[[Array, Array], tuple[Array, float]]] = {
     "microbatch": every_part,
     "subbatch": first_part,
+    "ranks": every_part,
 }
 SEVERAL = Skipped(
     "several passes",
@@ -66,6 +68,10 @@ UNKNOWN = Skipped(
 TORN = (
     "its gradient came in several pieces in one backward, as of a layer in several reentrant "
     "checkpoints; use checkpoint(..., use_reentrant=False)"
+)
+UNREDUCED = (
+    ", or it is not the mean over the ranks, but compressed or never reduced (is the model trained "
+    "through DistributedDataParallel?)"
 )
 
 
@@ -96,6 +102,13 @@ class Microbatch:
     there and then, so that no gradient is copied or kept: two numbers a parameter and microbatch
     remain. The hooks are there while a step is measured only.
 
+    The method "ranks" takes the microbatches of all data-parallel ranks, one or more a rank, for
+    the parts: a hook sees its rank's own gradient before DDP reduces it, `.grad` is whole once DDP
+    is done, and `close` sums over the ranks. As DDP takes the mean over ranks, a rank whose share
+    of the step's weights is w must have a loss of R w times its own mean: the sum over its tokens,
+    divided by the tokens of all ranks, times R. With the same number of examples on each rank, or
+    of tokens, its own mean is that.
+
     Every measurement proves itself: along a random direction, the sum of the microbatches must be
     `.grad`. It shows what no hook can see: gradients that were not cleared, or that another hook
     changes.
@@ -106,6 +119,7 @@ class Microbatch:
         batch_dim: axis of the examples in the model's inputs.
         weigh: gives the weights [B] of the examples from the arguments of the model's forward.
         strict: raise what goes wrong instead of leaving the measurement out.
+        ranks: whose microbatches are the parts of the method "ranks".
     """
 
     def __init__(
@@ -116,8 +130,10 @@ class Microbatch:
         batch_dim: int = 0,
         weigh: Callable[..., Tensor] | None = None,
         strict: bool = False,
+        ranks: Ranks | None = None,
     ):
         self.model, self.method = model, method
+        self._ranks = ranks if method == "ranks" else None
         self.wanted = False
         self.names = [name for name, _ in model.named_parameters()]
         self.untapped: dict[str, str] = {}
@@ -274,7 +290,13 @@ class Microbatch:
     # What the step brings.
 
     def _close(self) -> StepNorms | Skipped:
-        share = self._share()
+        share: Share | Skipped = Skipped("fault", "its microbatches could not be read")
+        try:
+            share = self._share()
+        finally:  # the other ranks wait for this one, whatever has gone wrong here
+            if self._ranks is not None:
+                device = next(self.model.parameters()).device
+                share = over_ranks(share, self.names, self._ranks, device=device)
         return share if isinstance(share, Skipped) else self._norms(share)
 
     def _share(self) -> Share | Skipped:
@@ -291,7 +313,7 @@ class Microbatch:
         batches = [forward.batch for forward in forwards if forward.batch]
         if len(batches) < len(forwards):
             return UNKNOWN
-        if len(forwards) == 1:
+        if len(forwards) == 1 and self._ranks is None:
             return Skipped(
                 "one part",
                 f"method {self.method!r} compares the microbatches of gradient accumulation, and "
@@ -362,7 +384,7 @@ class Microbatch:
 
     def _missing(self, share: Share) -> dict[str, str]:
         """Why trainable parameters are not in this step's norms."""
-        missing = {}
+        missing, unreduced = {}, "" if self._ranks is None else UNREDUCED
         known = dict(zip(self.names, zip(share.present, gaps(share), strict=True), strict=True))
         for name, p in _trainable(self.model).items():
             present, gap = known.get(name, (True, 0.0))
@@ -375,7 +397,7 @@ class Microbatch:
             elif not gap <= (HALF_TOLERANCE if p.dtype.itemsize == 2 else TOLERANCE):
                 missing[name] = (
                     f"the gradients of the microbatches do not add up to .grad (off by {gap:.1%}): "
-                    "it was not cleared since an earlier step, or a hook changes it"
+                    f"it was not cleared since an earlier step, or a hook changes it{unreduced}"
                 )
         return missing
 
