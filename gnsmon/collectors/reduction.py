@@ -17,7 +17,7 @@ from gnsmon.collectors.step import Share, Skipped
 from gnsmon.estimators.values import Array
 
 LETTERS = 24  # of a rank's reason to skip that the others come to know
-ELSEWHERE = "it was left out on another rank, whose own warning says why"
+ELSEWHERE = "it was left out on another rank, as it says there"
 
 
 @dataclass(frozen=True)
