@@ -120,10 +120,12 @@ def attach(
 ) -> Monitor:
     """Measure the gradient noise scale of a training run, whose loop stays as it is.
 
-    Call it before `torch.compile` and before the first step.
+    Call it before `torch.compile` and before the first step. With several ranks, which only the
+    method "ranks" measures, call it and load its state on every one, and take as many optimizer
+    steps on each: at a measured step they wait for one another. The first rank writes.
 
     Args:
-        model: what the training loop calls.
+        model: what the training loop calls; of `DistributedDataParallel` the wrapper or its module.
         optimizer: whose steps end a measurement; several in a sequence; without any, call `commit`
             after each step.
         scaler: the GradScaler in use, so that |G|² and S are those of the loss itself.

@@ -13,7 +13,7 @@ import torch.multiprocessing
 multiprocessing.set_forkserver_preload(["torch.distributed", "gnsmon.monitor"])
 
 
-def in_processes(fn, *args, folder, ranks=2, seconds=60):
+def in_processes(fn, *args, folder, ranks=2, seconds=120):
     """Run `fn(rank, *args)` in each rank; an exception there is one here."""
     processes = torch.multiprocessing.start_processes(
         _rank,
@@ -41,7 +41,7 @@ def _rank(rank, fn, ranks, folder, args):
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=ranks,
-        timeout=timedelta(seconds=20),
+        timeout=timedelta(seconds=60),
     )
     try:
         fn(rank, *args)

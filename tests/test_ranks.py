@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from ranks_worker import in_processes
 from test_microbatch import gradients
-from test_monitor import VOCABULARY, T, Tiny, loss_of, make, watch
+from test_monitor import VOCABULARY, Checkpointed, Reentrant, T, Tiny, loss_of, make, watch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -174,6 +174,24 @@ def unused(rank, used, options):
 @pytest.mark.parametrize("used", [[[0], [1]], [[0, 0], [1, 0]]], ids=["alone", "accumulated"])
 def test_parameters_that_one_rank_or_none_uses(processes, used, gradient_as_bucket_view):
     processes(unused, used, {"gradient_as_bucket_view": gradient_as_bucket_view})
+
+
+def recomputed(rank):
+    for kind in (Checkpointed, Reentrant):
+        torch.manual_seed(1)
+        model = kind().to(D)
+        wrapped = DDP(model, static_graph=kind is Reentrant, gradient_as_bucket_view=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        data, share = batches([[2, 3], [1, 2]]), partial(share_of_all, 8)
+        with watch(wrapped, optimizer, method="ranks") as gns:
+            for _ in range(2):
+                train(wrapped, optimizer, data[rank], share, synced=True)
+                u = gradients(model, share, [micro for own in data for micro in own])
+                assert_reading(gns, u, [2, 3, 1, 2], 8)
+
+
+def test_checkpoints(processes):
+    processes(recomputed)
 
 
 # Where something is wrong on one rank.

@@ -52,9 +52,8 @@ class Backwards:
         if self._running and forwards > self._forwards:
             self._running.clear()
             self.fault = Skipped("backward failed", "a backward pass ended in an exception")
-        # At its end DDP may have moved .grad into its buckets, which looks like zero_grad().
-        if not self._running and self._sentinel.was_thrown_away():
-            self._discarded()
+        if not self._running:
+            self.guarded(self._look_back)
         self._forwards = forwards
         self._running.add(task)
         self.tasks.add(task)
@@ -80,6 +79,11 @@ class Backwards:
         self._running.discard(task)
         if not self._running:
             self.guarded(self._whole)
+
+    def _look_back(self) -> None:
+        """Asked where a backward begins: at its end DDP may have moved `.grad` into its buckets."""
+        if self._sentinel.was_thrown_away():
+            self._discarded()
 
     def _whole(self) -> None:
         self._ended()
@@ -120,6 +124,6 @@ class _Sentinel:
         if self._seen is None:
             return False
         p, seen, version = self._seen
-        if p.grad is not seen:  # the same elsewhere is DDP's, which has rebuilt its buckets
+        if p.grad is not seen:  # the same values elsewhere: DDP has rebuilt its buckets
             return p.grad is None or not torch.equal(p.grad, seen)
         return seen._version != version and not bool(seen.any())

@@ -387,10 +387,11 @@ class Microbatch:
         missing, unreduced = {}, "" if self._ranks is None else UNREDUCED
         known = dict(zip(self.names, zip(share.present, gaps(share), strict=True), strict=True))
         for name, p in _trainable(self.model).items():
-            present, gap = known.get(name, (True, 0.0))
             if name not in known:
                 missing[name] = "it was added to the model after attach"
-            elif not present:
+                continue
+            present, gap = known[name]
+            if not present:
                 missing[name] = UNUSED
             elif name in share.missing:
                 missing[name] = share.missing[name]

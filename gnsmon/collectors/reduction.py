@@ -139,7 +139,9 @@ def _sum(vector: Array, ranks: Ranks, device: torch.device) -> Array:
 
 def _spelled(text: str) -> Array:
     """The first letters of `text` as numbers [LETTERS], which a sum with zeros leaves alone."""
-    return np.frombuffer(text.encode("ascii")[:LETTERS].ljust(LETTERS), np.uint8).astype(np.float64)
+    return np.frombuffer(text.encode("ascii", "replace")[:LETTERS].ljust(LETTERS), np.uint8).astype(
+        np.float64
+    )
 
 
 def _read(letters: Array) -> str:
