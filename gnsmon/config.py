@@ -20,6 +20,7 @@ TAPPED = ("pepgns", "sketch", "sogns", "norm_layers")
 OTHERS = ("microbatch", "subbatch", "random_signs")
 FILLED = ("pepgns", "sketch", "sogns")  # of which another source may fill the gaps
 CALIBRATED = ("sogns", "norm_layers")
+METHODS = (*TAPPED, *OTHERS, "ranks")
 HALF_LIFE = re.compile(
     r"\s*(\d+(?:[,_]\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?)\s*([kMG]?)\s*(steps|examples|tokens)\s*"
 )
@@ -37,6 +38,7 @@ class MonitorConfig(BaseModel):
     By example: "pepgns" (exact), "sketch" (unbiased, in time linear in positions), "sogns" (an
     approximation), "norm_layers" (of their parameters alone). Microbatches of gradient
     accumulation, for any model: "microbatch" (all), "subbatch" (the first against the whole step).
+    The microbatches of all ranks of DistributedDataParallel, one or more a rank: "ranks".
     One more backward of randomly signed losses, for any model: "random_signs", which wants
     `Monitor.losses`. "pepgns+microbatch" takes the second source for the parameters that the
     first leaves out.
@@ -80,9 +82,9 @@ class MonitorConfig(BaseModel):
     def _known_methods(cls, value: list[str]) -> list[str]:
         for name in value:
             first, plus, rest = name.partition("+")
-            if first not in (*TAPPED, *OTHERS) or plus and not (first in FILLED and rest in OTHERS):
+            if first not in METHODS or plus and not (first in FILLED and rest in OTHERS):
                 raise ValueError(
-                    f"expected one of {', '.join((*TAPPED, *OTHERS))}, or a plus between one of "
+                    f"expected one of {', '.join(METHODS)}, or a plus between one of "
                     f"{', '.join(FILLED)} and one of {', '.join(OTHERS)}; got {name!r}"
                 )
         return value

@@ -11,19 +11,23 @@ from torch import Tensor, nn
 
 from gnsmon.collectors import microbatch, per_example, random_signs
 from gnsmon.collectors.combine import combined
+from gnsmon.collectors.reduction import Ranks
 from gnsmon.collectors.step import Skipped, StepNorms
 from gnsmon.config import MonitorConfig
 from gnsmon.estimators.calibration import PartsCalibration, RatioCalibration, corrected
 from gnsmon.estimators.moments import moments
 from gnsmon.estimators.values import Approximation, Array, NormPair, Ratio
 
-PATIENCE = 3  # faults in a row after which a method is switched off
+PATIENCE = 3
 Outcome = StepNorms | Skipped | None
 NO_EXAMPLES = ("coupled examples", "nothing measured")  # reasons why there are none to tell apart
 
 
 def sources(
-    model: nn.Module, config: MonitorConfig, weights: Callable[..., Tensor] | None
+    model: nn.Module,
+    config: MonitorConfig,
+    weights: Callable[..., Tensor] | None,
+    ranks: Ranks,
 ) -> list[tuple[Any, list[str]]]:
     """Collectors, each with its methods: one for all that share the taps, one for each other."""
     options: dict[str, Any] = {
@@ -34,7 +38,7 @@ def sources(
     wanted = list(dict.fromkeys(part for name in config.method for part in name.split("+")))
     tapped = [name for name in wanted if name in per_example.METHODS]
     found: dict[str, tuple[Any, list[str]]] = {
-        name: (microbatch.Microbatch(model, name, **options), [name])
+        name: (microbatch.Microbatch(model, name, ranks=ranks, **options), [name])
         for name in wanted
         if name in microbatch.METHODS
     }
@@ -62,6 +66,7 @@ class Method:
         names: of the parameters.
         by_group: sums over parameters [n_parameters] as [n_groups], the total first.
         level: of the interval.
+        patience: faults in a row after which it is switched off.
     """
 
     def __init__(
@@ -71,7 +76,9 @@ class Method:
         by_group: Callable[[Array], Array],
         *,
         level: float,
+        patience: float = PATIENCE,
     ):
+        self._patience = patience
         self.name, self._names, self._by_group, self._level = name, names, by_group, level
         self.first, _, self.rest = name.partition("+")
         self.last: StepNorms | None = None
@@ -84,7 +91,7 @@ class Method:
     @property
     def off(self) -> bool:
         """Whether it failed too often."""
-        return self.faults >= PATIENCE
+        return self.faults >= self._patience
 
     def norms(self, found: Mapping[str, Outcome]) -> Outcome:
         """This method's norms of the step; calibrated, where the step was measured exactly too."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import time
 import warnings
@@ -21,12 +22,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from gnsmon.advice import Advice, advise
 from gnsmon.collectors.groups import group_of
 from gnsmon.collectors.per_example import NOT_A_NORM
 from gnsmon.collectors.random_signs import RandomSigns
+from gnsmon.collectors.reduction import Ranks
 from gnsmon.collectors.step import (
     NO_BACKWARD,
     NO_LOSSES,
@@ -109,10 +112,12 @@ def attach(
 ) -> Monitor:
     """Measure the gradient noise scale of a training run, whose loop stays as it is.
 
-    Call it before `torch.compile` and before the first step.
+    Call it before `torch.compile` and before the first step. With several ranks, which only the
+    method "ranks" measures, call it and load its state on every one, and take as many optimizer
+    steps on each: at a measured step they wait for one another. The first rank writes.
 
     Args:
-        model: what the training loop calls.
+        model: what the training loop calls; of `DistributedDataParallel` the wrapper or its module.
         optimizer: whose steps end a measurement; several in a sequence; without any, call `commit`
             after each step.
         scaler: the GradScaler in use, so that |G|² and S are those of the loss itself.
@@ -154,14 +159,10 @@ class Monitor:
         scaler: Scaler | None = None,
         weights: Callable[..., Tensor] | None = None,
     ):
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            world = torch.distributed.get_world_size()
-            if world > 1:
-                raise ValueError(
-                    f"expected a single process, got {world} ranks: this version measures one "
-                    "process and would report the noise of its local batch only"
-                )
         model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+        self._ranks = _checked_ranks(model, config)
+        if isinstance(model, DistributedDataParallel):
+            model = getattr(model.module, "_orig_mod", model.module)
         self.config, self.model = config, model
         self._scaler = scaler
         optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
@@ -173,11 +174,16 @@ class Monitor:
                     f"optimizer: expected a torch.optim.Optimizer or several, got {o!r}; without "
                     "one call commit() after each step"
                 )
-        self._sources: list[tuple[Collector, list[str]]] = sources(model, config, weights)
+        self._sources: list[tuple[Collector, list[str]]] = sources(
+            model, config, weights, self._ranks
+        )
         names = self._sources[0][0].names
         self._groups, self._index = _index(names, group_of(model, config.groups))
+        # A rank that switched itself off would leave the others waiting.
+        patience = PATIENCE if self._ranks.size == 1 else math.inf
         self._methods = {
-            name: Method(name, names, self._by_group, level=config.level) for name in config.method
+            name: Method(name, names, self._by_group, level=config.level, patience=patience)
+            for name in config.method
         }
         memory, self._unit = {"decay": config.decay, "window": config.window}, "steps"
         if config.half_life is not None:
@@ -199,9 +205,10 @@ class Monitor:
         self._told: set[str] = set()  # parameters whose absence was warned of
         self._closed = False
         self._clock = _Clock(config.every)
-        self.run_dir = _run_dir(config)
+        writes = self._ranks.rank == 0
+        self.run_dir = _run_dir(config) if writes else None  # None on a rank that writes nothing
         self._sinks = SinkSet(
-            [open_sink(spec, self.run_dir) for spec in ["jsonl", *config.sinks]],
+            [open_sink(spec, self.run_dir) for spec in ["jsonl", *config.sinks] if writes],
             strict=config.strict,
         )
         self._started = False
@@ -340,7 +347,8 @@ class Monitor:
     def _stepped(self, first: bool) -> None:
         """An optimizer has stepped; the first of several counts the steps."""
         pending = any(collector.pending for collector, _ in self._sources)
-        if self._off or self._closed or not (first or pending):
+        # Of ranks all must take the same path, so that it may not depend on what is pending here.
+        if self._off or self._closed or not (first or (pending and self._ranks.size == 1)):
             return
         measured = any(collector.wanted for collector, _ in self._sources)
         found: dict[str, Outcome] = {}
@@ -470,6 +478,7 @@ class Monitor:
             reading,
             present=reading.examples,
             microbatch=last.microbatch,
+            world_size=self._ranks.size,
             optimizer=type(self._optimizers[0]).__name__ if self._optimizers else None,
             tokens_per_example=reading.tokens / reading.examples if reading.tokens else None,
         )
@@ -505,7 +514,7 @@ class Monitor:
         known = (UNUSED, NOT_A_NORM)
         new = {n: why for n, why in missing.items() if n not in self._told and why not in known}
         self._told |= new.keys()
-        if new:
+        if new and self._ranks.rank == 0:
             left_out = "".join(f"\n  {name}: {why}" for name, why in new.items())
             share = self._coverage(method).fraction
             self._warn(f"{share:.1%} of the trainable parameters are measured; left out:{left_out}")
@@ -543,7 +552,7 @@ class Monitor:
             "window": self.config.window,
             "level": self.config.level,
             "unit": "examples",
-            "world_size": 1,
+            "world_size": self._ranks.size,
             "examples": last.examples if last else None,
             "microbatch": last.microbatch if last else None,
             "microbatches": last.microbatches if last else None,
@@ -554,6 +563,22 @@ class Monitor:
                 "python": platform.python_version(),
             },
         }
+
+
+def _checked_ranks(model: nn.Module, config: MonitorConfig) -> Ranks:
+    """The ranks that train the model together; raises ValueError where the methods do not fit."""
+    ranks = Ranks.of(model)
+    if ranks.size > 1 and config.method != ["ranks"]:
+        raise ValueError(
+            f"method: expected 'ranks' in a run of {ranks.size} ranks, got {config.method}: the "
+            "others measure one process and would report the noise of its local batch only"
+        )
+    if ranks.size == 1 and "ranks" in config.method:
+        raise ValueError(
+            "method: 'ranks' compares the ranks of data-parallel training, and this is one "
+            "process; use 'pepgns', or attach after torch.distributed.init_process_group"
+        )
+    return ranks
 
 
 class _Clock:

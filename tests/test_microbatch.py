@@ -32,6 +32,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gnsmon.collectors.microbatch import METHODS, every_part, first_part
+from gnsmon.collectors.proof import Directions
 from gnsmon.estimators import NormPair, moments
 
 D = torch.float64
@@ -534,6 +535,17 @@ def test_gradients_that_were_not_cleared_are_noticed():
             accumulate(model, batch)
             optimizer.step()
         assert gns.skipped == {"nothing measured": 1}
+
+
+def test_a_direction_shows_an_error_by_its_size():
+    """E <d, e>² = |e|², whatever the error and the shape; and d does not depend on what came."""
+    names = [str(i) for i in range(2000)]
+    for e in (torch.randn(3, 4, 2, dtype=D), torch.arange(5.0), torch.tensor(2.0)):
+        directions = Directions(names)
+        seen = torch.stack([directions.along(name, e).square() for name in names])
+        assert float(seen.mean()) == pytest.approx(float(e.square().sum()), rel=0.15)
+        other = Directions(names).along(names[-1], 2 * e)
+        assert float(other) == 2 * float(directions.along(names[-1], e))
 
 
 def test_a_hook_that_changes_a_gradient_is_noticed():

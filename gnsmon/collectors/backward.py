@@ -56,11 +56,11 @@ class Backwards:
         if self._running and forwards > self._forwards:
             self._running.clear()
             self.fault = Skipped("backward failed", "a backward pass ended in an exception")
+        if not self._running:
+            self.guarded(self._look_back)
         self._forwards = forwards
         self._running.add(task)
         self.tasks.add(task)
-        if self._sentinel.was_zeroed():
-            self._discarded()
         # A queued callback may run before those of DDP; one that it queues runs after them.
         queue = torch.autograd.Variable._execution_engine.queue_callback
         try:
@@ -90,9 +90,12 @@ class Backwards:
         if not self._running:
             self.guarded(self._whole)
 
-    def _whole(self) -> None:
-        if self._sentinel.was_replaced():
+    def _look_back(self) -> None:
+        """Asked where a backward begins: at its end DDP may have moved `.grad` into its buckets."""
+        if self._sentinel.was_thrown_away():
             self._discarded()
+
+    def _whole(self) -> None:
         self._ended()
         self._sentinel.remember()
 
@@ -134,13 +137,11 @@ class _Sentinel:
         p = min(dense, key=lambda p: p.numel(), default=None)
         self._seen = None if p is None or p.grad is None else (p, p.grad, p.grad._version)
 
-    def was_replaced(self) -> bool:
-        """Whether zero_grad() came since."""
-        return self._seen is not None and self._seen[0].grad is not self._seen[1]
-
-    def was_zeroed(self) -> bool:
-        """Whether zero_grad(set_to_none=False) came since, before anything was added."""
-        if self._seen is None or self.was_replaced():
+    def was_thrown_away(self) -> bool:
+        """Whether zero_grad() came since, of either kind, before anything was added."""
+        if self._seen is None:
             return False
-        _, grad, version = self._seen
-        return grad._version != version and not bool(grad.any())
+        p, seen, version = self._seen
+        if p.grad is not seen:  # the same values elsewhere: DDP has rebuilt its buckets
+            return p.grad is None or not torch.equal(p.grad, seen)
+        return seen._version != version and not bool(seen.any())

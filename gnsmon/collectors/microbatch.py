@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gnsmon.collectors.backward import Backwards, Fingerprint, exactly, fingerprint
+from gnsmon.collectors.proof import Directions, gaps
+from gnsmon.collectors.reduction import Ranks, over_ranks
 from gnsmon.collectors.step import (
     HALF_TOLERANCE,
     NO_BACKWARD,
     TOLERANCE,
     UNUSED,
     Measured,
+    Share,
     Skipped,
     StepNorms,
     check_weights,
@@ -27,7 +30,6 @@ from gnsmon.collectors.step import (
     to_host,
 )
 from gnsmon.estimators.values import Array
-from gnsmon.norms.contractions import wide
 from gnsmon.norms.inputs import Announce, in_backward, read_batch, tensors_in
 
 
@@ -50,6 +52,7 @@ def first_part(sq_norms: Array, weights: Array) -> tuple[Array, float]:
 METHODS: dict[str, Callable[[Array, Array], tuple[Array, float]]] = {
     "microbatch": every_part,
     "subbatch": first_part,
+    "ranks": every_part,
 }
 SEVERAL = Skipped(
     "several passes",
@@ -62,6 +65,14 @@ UNKNOWN = Skipped(
     "it is not known how many examples a microbatch has: the attached model's own forward was not "
     "called, or was compiled and called before attach. Let the loss call the model, or call "
     "gns.weigh(torch.ones(examples)) before each backward",
+)
+TORN = (
+    "its gradient came in several pieces in one backward, as of a layer in several reentrant "
+    "checkpoints; use checkpoint(..., use_reentrant=False)"
+)
+UNREDUCED = (
+    ", or it is not the mean over the ranks, but compressed or never reduced (is the model trained "
+    "through DistributedDataParallel?)"
 )
 
 
@@ -80,7 +91,7 @@ class _Part:
 
     forward: _Forward
     names: list[str]
-    values: Tensor  # [names, 2]: |u|², and by how much u makes |.grad|² grow
+    values: Tensor  # [names, 2]: |u|², and u along the parameter's direction
     torn: set[str]  # parameters whose u came in pieces, so that |u|² is not known
 
 
@@ -92,9 +103,16 @@ class Microbatch:
     there and then, so that no gradient is copied or kept: two numbers a parameter and microbatch
     remain. The hooks are there while a step is measured only.
 
-    Every measurement proves itself: |S + u|² = |S|² + 2 <S, u> + |u|², so the growth of all
-    microbatches must be |.grad|² in the end. It shows what no hook can see: gradients that were not
-    cleared, or that another hook changes.
+    The method "ranks" takes the microbatches of all data-parallel ranks, one or more a rank, for
+    the parts: a hook sees its rank's own gradient before DDP reduces it, `.grad` is whole once DDP
+    is done, and `close` sums over the ranks. As DDP takes the mean over ranks, a rank whose share
+    of the step's weights is w must have a loss of R w times its own mean: the sum over its tokens,
+    divided by the tokens of all ranks, times R. With the same number of examples on each rank, or
+    of tokens, its own mean is that.
+
+    Every measurement proves itself: along a random direction, the sum of the microbatches must be
+    `.grad`. It shows what no hook can see: gradients that were not cleared, or that another hook
+    changes.
 
     Args:
         model: what the training loop calls.
@@ -102,6 +120,7 @@ class Microbatch:
         batch_dim: axis of the examples in the model's inputs.
         weigh: gives the weights [B] of the examples from the arguments of the model's forward.
         strict: raise what goes wrong instead of leaving the measurement out.
+        ranks: whose microbatches are the parts of the method "ranks".
     """
 
     def __init__(
@@ -112,11 +131,14 @@ class Microbatch:
         batch_dim: int = 0,
         weigh: Callable[..., Tensor] | None = None,
         strict: bool = False,
+        ranks: Ranks | None = None,
     ):
         self.model, self.method = model, method
+        self._ranks = ranks if method == "ranks" else None
         self.wanted = False
         self.names = [name for name, _ in model.named_parameters()]
         self.untapped: dict[str, str] = {}
+        self._directions = Directions(self.names)
         self._by_hand: Tensor | None = None
         self._batch_dim, self._weigh = batch_dim, weigh
         self._backwards = Backwards(
@@ -181,8 +203,8 @@ class Microbatch:
 
     def _install(self) -> None:
         """Hooks on all trainable parameters, those that were added or thawed lately too."""
-        for name, p in self.model.named_parameters():
-            if p.requires_grad and self._on_parameters.get(name, (None,))[0] is not p:
+        for name, p in _trainable(self.model).items():
+            if self._on_parameters.get(name, (None,))[0] is not p:
                 self._on_parameters[name] = p, p.register_hook(partial(self._gradient, name, p))
 
     # What a forward brings.
@@ -228,19 +250,20 @@ class Microbatch:
             self._backwards.guarded(self._see, name, p.grad, gradient)
 
     def _see(self, name: str, grad: Tensor | None, gradient: Tensor) -> None:
-        square = square_sum(gradient)
-        growth = square if grad is None else square + 2 * _dot(grad, gradient)
-        before, values = fingerprint(grad), torch.stack([square, growth])
+        before, values = fingerprint(grad), self._values(name, gradient)
         if name in self._seen:  # a reentrant checkpoint: <u', u''> is not known
             self._torn.add(name)
             before, values = self._seen[name][0], self._seen[name][1] + values
         self._seen[name] = before, values
 
+    def _values(self, name: str, gradient: Tensor) -> Tensor:
+        return torch.stack([square_sum(gradient), self._directions.along(name, gradient)])
+
     def _land(self) -> None:
         """Take in the microbatch whose backward has ended, and `.grad` as accumulated so far."""
         seen, torn, flowed = self._seen, self._torn, self._flowed
         self._seen, self._torn, self._flowed = {}, set(), []
-        grads = {n: p.grad for n, p in self.model.named_parameters() if p.requires_grad}
+        grads = {name: p.grad for name, p in _trainable(self.model).items()}
         # torch.autograd.grad runs the hooks too, but what it brings does not reach .grad.
         landed = [n for n, (before, _) in seen.items() if fingerprint(grads.get(n)) != before]
         if not landed:
@@ -248,7 +271,7 @@ class Microbatch:
         device = seen[landed[0]][1].device
         values = torch.stack([seen[name][1].to(device) for name in landed])
         self._parts.append(_Part(self._forward_of(flowed), landed, values, torn))
-        self._big = {name: square_sum(grad) for name, grad in grads.items() if grad is not None}
+        self._big = {n: self._values(n, grad) for n, grad in grads.items() if grad is not None}
         self._forwards, self._by_hand = 0, None
 
     def _forward_of(self, flowed: list[_Forward]) -> _Forward:
@@ -267,6 +290,17 @@ class Microbatch:
     # What the step brings.
 
     def _close(self) -> Measured | Skipped:
+        share: Share | Skipped = Skipped("fault", "its microbatches could not be read")
+        try:
+            share = self._share()
+        finally:  # the other ranks wait for this one, whatever has gone wrong here
+            if self._ranks is not None:
+                device = next(self.model.parameters()).device
+                share = over_ranks(share, self.names, self._ranks, device=device)
+        return share if isinstance(share, Skipped) else self._norms(share)
+
+    def _share(self) -> Share | Skipped:
+        """The sums over this process's microbatches."""
         if self._backwards.fault is not None:
             return self._backwards.fault
         if not self._parts:
@@ -279,7 +313,7 @@ class Microbatch:
         batches = [forward.batch for forward in forwards if forward.batch]
         if len(batches) < len(forwards):
             return UNKNOWN
-        if len(forwards) == 1:
+        if len(forwards) == 1 and self._ranks is None:
             return Skipped(
                 "one part",
                 f"method {self.method!r} compares the microbatches of gradient accumulation, and "
@@ -297,84 +331,81 @@ class Microbatch:
         if given:
             weights = np.array([total for total, _ in sums.values()])
             tokens = int(weights.sum()) if all(i for _, i in sums.values()) else tokens
-        return self._norms(
-            [values[j].reshape(-1, 2) for j in range(len(forwards))],
-            {name: float(a[0]) for name, a in big.items()},
-            batches,
-            weights / weights.sum(),
-            tokens,
-        )
-
-    def _norms(
-        self,
-        values: list[Array],  # [names, 2] of each part
-        big: Mapping[str, float],
-        batches: list[int],
-        weights: Array,
-        tokens: int | None,
-    ) -> Measured | Skipped:
-        column = {name: i for i, name in enumerate(self.names)}
-        sq_norms, growth = np.zeros((2, len(values), len(self.names)))
+        sq_norms, along = np.zeros((2, len(forwards), len(self.names)))
         for j, part in enumerate(self._parts):
-            known = [i for i, name in enumerate(part.names) if name in column]
-            columns = [column[part.names[i]] for i in known]
-            sq_norms[j, columns], growth[j, columns] = values[j][known].T
-        if not (np.isfinite(sum(big.values())) and np.isfinite(sq_norms).all()):
+            sq_norms[j], along[j] = self._table(
+                dict(zip(part.names, values[j].reshape(-1, 2), strict=True))
+            )
+        whole = sum(float(square) for square, _ in big.values())
+        if not (np.isfinite(whole) and np.isfinite(sq_norms).all()):
             return Skipped("nonfinite", "the gradient has infinite or undefined values")
-        big_sq_norm = np.array([big.get(name, 0.0) for name in self.names])
-        whole = sum(big.values())
-        # What is zero but for rounding proves nothing.
-        of = np.maximum(np.maximum(big_sq_norm, sq_norms.sum(0)), 1e-4 * whole)
-        gaps = np.abs(growth.sum(0) - big_sq_norm) / np.where(of > 0, of, 1)
-        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        missing = {
-            name: why
-            for name, p in trainable.items()
-            if (why := self._why(name, p, big, gaps[column[name]] if name in column else None))
-        }
-        left_in = np.array([name in trainable and name not in missing for name in self.names])
-        if not left_in.any():
-            why = next(iter(missing.values()), "no parameter is trainable")
-            return Skipped("nothing measured", why)
-        parts_sq_norm, sum_sq_weights = METHODS[self.method](sq_norms * left_in, weights)
-        big_sq_norm = big_sq_norm * left_in
-        norms = StepNorms(
+        big_sq_norm, big_along = self._table(big)
+        total = float(weights.sum())
+        parts_sq_norm, sum_sq_weights = METHODS[self.method](sq_norms, weights / total)
+        return Share(
+            parts_sq_norm=parts_sq_norm[None],
+            along=along.sum(0),
             big_sq_norm=big_sq_norm,
-            parts_sq_norm=parts_sq_norm,
-            sum_sq_weights=sum_sq_weights,
+            big_along=big_along,
+            present=np.array([name in big for name in self.names]),
+            whole=whole,
+            sum_weights=total,
+            sum_sq_weights=sum_sq_weights * total**2,
+            weighted=bool(given),
             examples=sum(batches),
             tokens=tokens,
             microbatch=batches[-1],
             microbatches=len(batches),
+            missing={name: TORN for part in self._parts for name in part.torn},
+        )
+
+    def _table(self, values: Mapping[str, Array]) -> Array:
+        """The pairs of all parameters known at attach, [2, n_parameters]; zero without one."""
+        return np.array([values.get(name, (0.0, 0.0)) for name in self.names]).T
+
+    def _norms(self, share: Share) -> Measured | Skipped:
+        missing = self._missing(share)
+        left_in = np.array([name not in missing for name in self.names]) & share.present
+        if not left_in.any():
+            why = next(iter(missing.values()), "no parameter is trainable")
+            return Skipped("nothing measured", why)
+        big_sq_norm = share.big_sq_norm * left_in
+        norms = StepNorms(
+            big_sq_norm=big_sq_norm,
+            parts_sq_norm=share.parts_sq_norm[0] * left_in,
+            sum_sq_weights=share.sum_sq_weights / share.sum_weights**2,
+            examples=share.examples,
+            tokens=share.tokens,
+            microbatch=share.microbatch,
+            microbatches=share.microbatches,
             missing=missing,
-            norm_fraction=float(big_sq_norm.sum() / whole) if whole > 0 else None,
+            norm_fraction=float(big_sq_norm.sum() / share.whole) if share.whole > 0 else None,
         )
         return {self.method: norms}
 
-    def _why(
-        self, name: str, p: nn.Parameter, big: Mapping[str, float], gap: float | None
-    ) -> str | None:
-        """Why a trainable parameter is not in this step's norms; `gap` of those known at attach."""
-        if gap is None:
-            return "it was added to the model after attach"
-        if name not in big:
-            return UNUSED
-        if any(name in part.torn for part in self._parts):
-            return (
-                "its gradient came in several pieces in one backward, as of a layer in several "
-                "reentrant checkpoints; use checkpoint(..., use_reentrant=False)"
-            )
-        if not gap <= (HALF_TOLERANCE if p.dtype.itemsize == 2 else TOLERANCE):
-            return (
-                f"the gradients of the microbatches do not add up to .grad (off by {gap:.1%} of "
-                "its square): it was not cleared since an earlier step, or a hook changes it"
-            )
-        return None
+    def _missing(self, share: Share) -> dict[str, str]:
+        """Why trainable parameters are not in this step's norms."""
+        missing, unreduced = {}, "" if self._ranks is None else UNREDUCED
+        known = dict(zip(self.names, zip(share.present, gaps(share), strict=True), strict=True))
+        for name, p in _trainable(self.model).items():
+            if name not in known:
+                missing[name] = "it was added to the model after attach"
+                continue
+            present, gap = known[name]
+            if not present:
+                missing[name] = UNUSED
+            elif name in share.missing:
+                missing[name] = share.missing[name]
+            elif not gap <= (HALF_TOLERANCE if p.dtype.itemsize == 2 else TOLERANCE):
+                missing[name] = (
+                    f"the gradients of the microbatches do not add up to .grad (off by {gap:.1%}): "
+                    f"it was not cleared since an earlier step, or a hook changes it{unreduced}"
+                )
+        return missing
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    a, b = (t.to_dense() if t.is_sparse else t for t in (a, b))
-    return (wide(a.detach()) * wide(b.detach())).sum()
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def _weights(forwards: list[_Forward]) -> list[Tensor]:

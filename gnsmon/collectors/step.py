@@ -61,6 +61,29 @@ class StepNorms:
 
 
 @dataclass(frozen=True)
+class Share:
+    """What a process, or all ranks together, bring to a step's norms, before they are proved.
+
+    A parameter without a gradient is zero in all arrays [n_parameters].
+    """
+
+    parts_sq_norm: Array  # [n_methods, n_parameters]
+    along: Array  # sum of the parts along each parameter's direction
+    big_sq_norm: Array
+    big_along: Array
+    present: Array  # whether it has a gradient
+    whole: float  # squared norm of the whole `.grad`
+    sum_weights: float
+    sum_sq_weights: float
+    weighted: bool  # whether weights were given; otherwise a part's is its number of examples
+    examples: int
+    tokens: int | None
+    microbatch: int
+    microbatches: int
+    missing: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Skipped:
     """A step without a measurement, and why."""
 
