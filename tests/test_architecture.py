@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "report": {"estimators", "sinks", "plots", "advice"},
     "collectors": {"norms", "estimators"},
     "monitor": {"collectors", "estimators", "sinks", "advice", "config"},
-    "checking": {"collectors", "norms"},
+    "checking": {"collectors", "estimators", "norms"},
 }
 WITHOUT_TORCH = {"estimators", "advice", "config", "sinks", "plots", "report"}
 
