@@ -26,6 +26,11 @@ def gradient_matrix(
     return torch.stack([torch.cat([g.double().flatten() for g in row.values()]) for row in rows])
 
 
+def batch_gradient(model: nn.Module, loss: Loss, batch: Any) -> Tensor:  # [n]
+    """The gradient of the batch, as a row of `gradient_matrix`."""
+    return gradient_matrix(model, lambda model, _: loss(model, batch), torch.zeros(1))[0]
+
+
 @dataclass(frozen=True)
 class Composition:
     """The batch's gradient as the sum of its examples' times `weights`, and what that leaves."""
@@ -35,34 +40,43 @@ class Composition:
     rest: float  # |G - sum w_j g_j| / |G|
 
 
-def compose(whole: Tensor, gradients: Tensor) -> Composition:
+def compose(whole: Tensor, gradients: Tensor, fewer: Tensor) -> Composition:
     """What the batch's gradient [n] is of its examples' [B, n].
 
     Their mean, a multiple of it (a sum, say), a sum with positive weights of their own (by least
-    squares), or no such sum at all: then each example's gradient depends on the others, and has
-    been taken alone.
+    squares), or no such sum: then each example's gradient depends on the others, and was another
+    alone. Weights belong to their examples: they must give `fewer` too, the gradient of the batch
+    without its last example, but for a factor. Where the model's output is one number, no other
+    sign tells them from a coupled loss, as that only scales each example's gradient.
     """
     count, size = gradients.shape
-    total = gradients.sum(0)
-    scale = whole @ total / total.square().sum() if total.any() else whole.new_zeros(())
-    weights = scale.expand(count)
-    rest = _rest(whole, gradients, weights)
-    if rest < ROUNDING:
-        if abs(float(scale) * count - 1) < ROUNDING:
-            return Composition("mean", torch.full_like(weights, 1 / count), rest)
-        return Composition("multiple", weights, rest)
+    scale, rest = _multiple(whole, gradients.sum(0), gradients)
+    if rest < ROUNDING and scale > 0:
+        mean = abs(scale * count - 1) < ROUNDING
+        weights = torch.full_like(gradients[:, 0], 1 / count if mean else scale)
+        return Composition("mean" if mean else "multiple", weights, rest)
     if count < size:  # fewer numbers than examples are always some sum of theirs
         inverse = torch.linalg.pinv(gradients @ gradients.T, hermitian=True, rtol=1e-12)
         fitted = inverse @ (gradients @ whole)  # copies share their weight
-        if (left := _rest(whole, gradients, fitted)) < ROUNDING and fitted.min() > -ROUNDING:
+        _, left = _multiple(whole, fitted @ gradients, gradients)
+        _, kept = _multiple(fewer, fitted[:-1] @ gradients[:-1], gradients)
+        if max(left, kept) < ROUNDING and fitted.min() > -ROUNDING:
             return Composition("weighted", fitted, left)
-        rest = min(rest, left)
-    return Composition("coupled", weights, rest)
+    return Composition("coupled", torch.full_like(gradients[:, 0], scale), rest)
 
 
-def _rest(whole: Tensor, gradients: Tensor, weights: Tensor) -> float:
-    length = float(whole.norm())
-    return float((whole - weights @ gradients).norm()) / length if length else 0.0
+def _multiple(of: Tensor, direction: Tensor, gradients: Tensor) -> tuple[float, float]:
+    """The c that brings c * direction next to `of`, and how far it stays, relative.
+
+    1 / B where both are zero, as of examples that cancel.
+    """
+    zero = 1e-9 * float(gradients.norm(dim=1).max())  # what is shorter is rounding's
+    if max(of.norm(), direction.norm()) <= zero:
+        return 1 / len(gradients), 0.0
+    if direction.norm() <= zero:
+        return 0.0, 1.0
+    scale = of @ direction / direction.square().sum()
+    return float(scale), float((of - scale * direction).norm() / of.norm().clamp(min=zero))
 
 
 def covariance_trace(gradients: Tensor) -> float:
@@ -95,7 +109,9 @@ class NoiseShares:
         return self.masks / self.total if self.total else 0.0
 
 
-def noise_shares(model: nn.Module, loss: Loss, batch: Any, *, draws: int = 8) -> NoiseShares:
+def noise_shares(
+    model: nn.Module, loss: Loss, batch: Any, *, draws: int = 8, seed: int = 0
+) -> NoiseShares:
     """The data's and the masks' share of S, by `draws` independent masks for each example.
 
     With m_i the mean of an example's K gradients and s_i^2 their variance (K - 1 in its
@@ -105,7 +121,7 @@ def noise_shares(model: nn.Module, loss: Loss, batch: Any, *, draws: int = 8) ->
     means, squares = torch.zeros(()), torch.zeros(())
     for k in range(draws):
         drawn = None  # the last one's memory, before the next is made
-        drawn = gradient_matrix(model, loss, batch, seed=1_000_003 * k)
+        drawn = gradient_matrix(model, loss, batch, seed=seed + 1_000_003 * k)
         means, squares = means + drawn / draws, squares + drawn.square().sum(1)
     within = (squares - draws * means.square().sum(1)) / (draws - 1)  # [B]
     gram, count = means @ means.T, len(means)

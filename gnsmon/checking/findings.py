@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gnsmon.checking.brute import Composition, NoiseShares
 from gnsmon.norms.rules import coupling
 
+SEVERITIES = ("error", "warning", "note")
 SHUFFLED = Fraction(1, 1000)  # an order that a shuffle gives less often than this is none's
 
 
@@ -111,9 +112,10 @@ def of_dropout(
     )
 
 
-def of_left_out_by_dropout(missing: Mapping[str, str], share: float) -> Findings:
+def of_left_out_by_dropout(sizes: Mapping[str, int], missing: Mapping[str, str]) -> Findings:
     """Parameters that are covered without random draws only."""
     if missing:
+        share = sum(sizes[name] for name in missing) / sum(sizes.values())
         yield Finding(
             "warning",
             "left out in training mode",
@@ -164,11 +166,11 @@ def of_composition(found: Composition) -> Findings:
         yield Finding(
             "error",
             "the loss couples the examples",
-            f"{_percent(found.rest)} of the batch's gradient is no sum of the gradients that its "
-            "examples have alone, as with in-batch negatives or a loss that is normalised by the "
-            "batch. A per-example gradient does not exist, and what is read from layers is not "
-            "the noise of independent examples. Accumulate gradients and take "
-            "method='microbatch'.",
+            f"The batch's gradient is {_percent(found.rest)} off any multiple of the mean of its "
+            "examples', each taken alone, and no weights of theirs explain it: in-batch "
+            "negatives, say, or a loss that is normalised by the batch. A per-example gradient "
+            "does not exist, and what layers give is not the noise of independent examples. "
+            "Accumulate gradients and take method='microbatch'.",
         )
 
 

@@ -86,7 +86,9 @@ def _legend(check: Check) -> str:
 
 
 def _error(error: float | None) -> str:
-    return "" if error is None else f"{error:.0e}" if error < 1e-3 else f"{error:.1%}"
+    if error is None or error == 0:
+        return "" if error is None else "0"
+    return f"{error:.0e}" if error < 1e-3 else f"{error:.1%}"
 
 
 def _left_out(check: Check) -> list[str]:

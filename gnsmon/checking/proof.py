@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from gnsmon.checking import brute, findings
 from gnsmon.checking.brute import Loss
+from gnsmon.checking.findings import Finding
 from gnsmon.checking.values import Check, Norms, Row, together
 from gnsmon.collectors.per_example import METHODS, PerExample
 from gnsmon.collectors.step import Skipped, StepNorms
-from gnsmon.estimators.moments import moments
+from gnsmon.estimators.moments import moments, obstacle
 from gnsmon.estimators.values import Moments, NormPair
 from gnsmon.norms.oracles import examples, left_untouched, map_tensors, named_tensors
 from gnsmon.norms.rules import coupling
+
+RANDOM = "random in eval mode too"
 
 
 def check(model: nn.Module, loss: Loss, batch: Any, *, method: str = "pepgns") -> Check:
@@ -54,37 +57,52 @@ def check(model: nn.Module, loss: Loss, batch: Any, *, method: str = "pepgns") -
     _expect_loss(model, loss, batch)
     quiet, state = _without_draws(model, loss, batch)
     norms, collector = _collect(quiet, loss, batch, method, strict=True)
-    gradients = None
-    if state is None:
-        notes += findings.of_randomness_in_eval()
-    elif not any(coupling(module) for module in quiet.modules()):
-        gradients = brute.gradient_matrix(quiet, loss, batch)
-        notes += findings.of_nonfinite(gradients)
-        if not gradients.isfinite().all():
-            gradients = None
-    weights = None
-    if gradients is not None:
-        composition = brute.compose(_whole(quiet), gradients)
-        notes += findings.of_composition(composition)
-        weights = None if composition.kind == "coupled" else composition.weights
-    if gradients is not None and quiet is not model and state is not None:
-        shares = brute.noise_shares(model, loss, batch)
-        silent = brute.covariance_trace(gradients)
-        notes += findings.of_dropout(findings.random_layers(model), shares, silent, state)
-    rows = _rows(quiet, norms, collector, method, gradients, weights)
-    sizes = {row.name: row.numbers for row in rows}
+    alone, notes_of_it = _alone(quiet, loss, batch, count) if state != RANDOM else (None, [])
+    notes += notes_of_it
+    rows = _rows(quiet, norms, collector, method, alone)
     missing = {row.name: row.reason for row in rows if row.reason}
+    sizes = {row.name: row.numbers for row in rows}
     if isinstance(norms, StepNorms):
         notes += findings.of_coverage(sizes, missing, norms.norm_fraction)
-        if quiet is not model:
-            noisy, _ = _collect(model, loss, batch, method, strict=False)
-            if isinstance(noisy, StepNorms):
-                lost = {name: why for name, why in noisy.missing.items() if name not in missing}
-                share = sum(sizes[name] for name in lost) / sum(sizes.values())
-                notes += findings.of_left_out_by_dropout(lost, share)
-    rank = ("error", "warning", "note")
-    notes.sort(key=lambda finding: rank.index(finding.severity))
-    return Check(rows, count, method, notes, *_moments(quiet, rows, weights))
+    if state == RANDOM:
+        notes += findings.of_randomness_in_eval()
+    elif state and alone:
+        shares = brute.noise_shares(model, loss, batch)
+        silent = brute.covariance_trace(alone.gradients)
+        notes += findings.of_dropout(findings.random_layers(model), shares, silent, state)
+    if state:
+        noisy, _ = _collect(model, loss, batch, method, strict=False)
+        lost = noisy.missing if isinstance(noisy, StepNorms) else {}
+        notes += findings.of_left_out_by_dropout(
+            sizes, {name: why for name, why in lost.items() if name not in missing}
+        )
+    notes.sort(key=lambda finding: findings.SEVERITIES.index(finding.severity))
+    return Check(rows, count, method, notes, *_moments(rows, alone))
+
+
+@dataclass(frozen=True, eq=False)
+class _Alone:
+    """What one example at a time has shown."""
+
+    gradients: Tensor  # [B, n]
+    whole: Tensor  # [n], of the batch
+    weights: Tensor  # [B], with which the examples make up the batch
+
+
+def _alone(
+    model: nn.Module, loss: Loss, batch: Any, count: int
+) -> tuple[_Alone | None, list[Finding]]:
+    """The examples' gradients; None where they do not exist."""
+    if any(coupling(module) for module in model.modules()):
+        return None, []
+    gradients = brute.gradient_matrix(model, loss, batch)
+    if notes := list(findings.of_nonfinite(gradients)):
+        return None, notes
+    whole = brute.batch_gradient(model, loss, batch)
+    fewer = brute.batch_gradient(model, loss, examples(batch, 0, count - 1))
+    made = brute.compose(whole, gradients, fewer)
+    notes = list(findings.of_composition(made))
+    return None if made.kind == "coupled" else _Alone(gradients, whole, made.weights), notes
 
 
 def _expect_batch(batch: Any) -> tuple[int, Mapping[str, Tensor], Mapping[str, Tensor]]:
@@ -130,8 +148,8 @@ def _double(t: Tensor) -> Tensor:
     return t.double() if t.is_floating_point() else t
 
 
-def _without_draws(model: nn.Module, loss: Loss, batch: Any) -> tuple[nn.Module, str | None]:
-    """The model, or a copy that draws nothing, and how it differs; None if it draws all the same.
+def _without_draws(model: nn.Module, loss: Loss, batch: Any) -> tuple[nn.Module, str]:
+    """The model, or a copy that draws nothing, and in words how it differs.
 
     Fewer changes are tried first: a model in eval mode may be another in more than its dropout.
     """
@@ -146,13 +164,13 @@ def _without_draws(model: nn.Module, loss: Loss, batch: Any) -> tuple[nn.Module,
     if not brute.draws_randomly(quiet, loss, batch):
         return quiet, "without dropout"
     quiet.eval()
-    return quiet, None if brute.draws_randomly(quiet, loss, batch) else "in eval mode"
+    return quiet, RANDOM if brute.draws_randomly(quiet, loss, batch) else "in eval mode"
 
 
 def _collect(
     model: nn.Module, loss: Loss, batch: Any, method: str, *, strict: bool
 ) -> tuple[StepNorms | Skipped, PerExample]:
-    """What the monitor would measure of this batch; leaves its gradient in `.grad`."""
+    """What the monitor would measure of this batch."""
     collector = PerExample(model, list(dict.fromkeys([method, "sogns"])), strict=strict)
     norms = None
     try:
@@ -169,23 +187,12 @@ def _collect(
     return norms, collector
 
 
-def _whole(model: nn.Module) -> Tensor:  # [n]
-    """The batch's gradient, all trainable parameters side by side."""
-    grads = [
-        torch.zeros_like(p) if p.grad is None else p.grad.to_dense()
-        for p in model.parameters()
-        if p.requires_grad
-    ]
-    return torch.cat([grad.flatten() for grad in grads])
-
-
 def _rows(
     model: nn.Module,
     norms: StepNorms | Skipped,
     collector: PerExample,
     method: str,
-    gradients: Tensor | None,  # [B, n]
-    weights: Tensor | None,  # [B]; None where there is nothing to compare with
+    alone: _Alone | None,
 ) -> list[Row]:
     owner = {
         id(p): (path, type(module).__name__)
@@ -193,59 +200,67 @@ def _rows(
         for p in module._parameters.values()
     }
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    column = {name: i for i, (name, _) in enumerate(model.named_parameters())}
-    exact: dict[str, float] = {}
-    if gradients is not None and weights is not None:
-        pieces = gradients.split([p.numel() for p in trainable.values()], 1)
-        for name, piece in zip(trainable, pieces, strict=True):
-            exact[name] = float(weights.square() @ piece.square().sum(1))
-    floor = 1e-24 * max(exact.values(), default=0.0)
-
-    def why(name: str) -> str | None:
-        if isinstance(norms, Skipped):
-            return collector.untapped.get(name, norms.detail)
-        return norms.missing.get(name)
-
-    def compared(name: str) -> Norms | None:
-        if why(name) or name not in exact or isinstance(norms, Skipped):
-            return None
-        found, sogns = (norms.parts_sq_norm[m][column[name]] for m in (method, "sogns"))
-        return Norms(exact[name], float(found), float(sogns), floor)
-
-    return [
-        Row(
-            name=name,
-            module=owner[id(p)][0],
-            layer=owner[id(p)][1],
-            numbers=p.numel(),
-            covered=0 if why(name) else p.numel(),
-            norms=compared(name),
-            sum_error=collector.gaps.get(name),
-            reason=why(name),
+    if isinstance(norms, Skipped):
+        missing = {name: collector.untapped.get(name, norms.detail) for name in trainable}
+    else:
+        missing = norms.missing
+    compared = (
+        {} if isinstance(norms, Skipped) or not alone else _norms(model, norms, method, alone)
+    )
+    rows = []
+    for name, p in trainable.items():
+        path, layer = owner[id(p)]
+        reason = missing.get(name)
+        rows.append(
+            Row(
+                name=name,
+                module=path,
+                layer=layer,
+                numbers=p.numel(),
+                covered=0 if reason else p.numel(),
+                norms=None if reason else compared.get(name),
+                sum_error=collector.gaps.get(name),
+                reason=reason,
+            )
         )
-        for name, p in trainable.items()
-    ]
+    return rows
 
 
-def _moments(
-    model: nn.Module, rows: list[Row], weights: Tensor | None
-) -> tuple[Moments | None, Moments | None]:
+def _norms(model: nn.Module, norms: StepNorms, method: str, alone: _Alone) -> dict[str, Norms]:
+    """The squared norms of every trainable parameter, by brute force and by the collector."""
+    column = {name: i for i, (name, _) in enumerate(model.named_parameters())}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    pieces = dict(zip(trainable, _split(alone.gradients, trainable), strict=True))
+    wholes = dict(zip(trainable, _split(alone.whole, trainable), strict=True))
+    exact = {n: float(alone.weights.square() @ g.square().sum(1)) for n, g in pieces.items()}
+    floor = 1e-24 * max(exact.values())
+    found, sogns = (norms.parts_sq_norm[name] for name in (method, "sogns"))
+    return {
+        name: Norms(
+            whole=float(wholes[name].square().sum()),
+            exact=exact[name],
+            found=float(found[column[name]]),
+            sogns=float(sogns[column[name]]),
+            floor=floor,
+        )
+        for name in trainable
+    }
+
+
+def _split(gradient: Tensor, trainable: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    return gradient.split([p.numel() for p in trainable.values()], -1)
+
+
+def _moments(rows: list[Row], alone: _Alone | None) -> tuple[Moments | None, Moments | None]:
     """|G|² and S of the covered parameters in this batch, by brute force and by the method."""
-    covered = {row.name for row in rows if row.norms}
-    if weights is None or not covered:
+    norms = together(rows, "total").norms
+    if alone is None or norms is None:
         return None, None
-    big = sum(
-        float(p.grad.to_dense().square().sum())
-        for name, p in model.named_parameters()
-        if name in covered and p.grad is not None
+    scale = float(alone.weights.sum())
+    big = np.array([norms.whole]) / scale**2
+    share = float(alone.weights.square().sum()) / scale**2
+    exact, found = (
+        NormPair(big, np.array([q]) / scale**2, share, len(alone.weights))
+        for q in (norms.exact, norms.found)
     )
-    scale = float(weights.sum())
-    share = float(weights.square().sum()) / scale**2
-    total = together(rows, "total").norms
-    assert total is not None
-    pairs = (
-        NormPair(np.array([big]) / scale**2, np.array([q]) / scale**2, share, len(weights))
-        for q in (total.exact, total.found)
-    )
-    exact, found = (moments(pair) for pair in pairs)
-    return exact, found
+    return (None, None) if obstacle(exact) else (moments(exact), moments(found))

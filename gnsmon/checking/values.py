@@ -16,10 +16,11 @@ EXACT = {"pepgns"}
 
 
 class Norms(NamedTuple):
-    """Sums over the examples of the squared norms of their parts of the gradient."""
+    """Squared norms of some parameters' gradient, and of the examples' parts of it, summed."""
 
-    exact: float
-    found: float
+    whole: float
+    exact: float  # of the parts, by brute force
+    found: float  # of the parts, by the method
     sogns: float
     floor: float  # rounding's share: what is smaller is zero
 
@@ -66,7 +67,7 @@ def together(rows: list[Row], name: str) -> Row:
         layer=rows[0].layer if len(layers) == 1 else "",
         numbers=sum(row.numbers for row in rows),
         covered=sum(row.covered for row in rows),
-        norms=Norms(*np.sum(norms, 0)[:3].tolist(), norms[0].floor) if norms else None,
+        norms=Norms(*np.sum(norms, 0)[:-1].tolist(), norms[0].floor) if norms else None,
         sum_error=max(sums, default=None),
         reason=next((row.reason for row in rows if row.reason), None),
     )
