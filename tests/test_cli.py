@@ -116,7 +116,7 @@ def normalised():
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), loss, x
 
 def coupled():
-    return nn.Linear(3, 4), lambda model, x: (model(x) @ model(x).mT).logsumexp(1).mean(), x
+    return nn.Linear(3, 4), lambda model, x: model(x).softmax(0).square().mean(), x
 
 def uncovered():
     class Shapeless(nn.Module):
@@ -150,11 +150,19 @@ def alone():
         ("dropped", ["--method", "best"], 2, "method: expected one of pepgns, sogns"),
     ],
 )
-def test_the_check_ends_with_a_status(tmp_path, factory, options, status, message):
+def test_the_check_ends_with_a_status(
+    monkeypatch, capsys, tmp_path, factory, options, status, message
+):
     (tmp_path / "examined.py").write_text(EXAMINED)
-    code = f"from gnsmon.cli import main; main({['check', f'examined:{factory}', *options]})"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
-    shown = " ".join((done.stdout if status < 2 else done.stderr).split())
-    assert (done.returncode, message in shown) == (status, True), shown
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "examined", raising=False)
+    assert status_of("check", f"examined:{factory}", *options) == status
+    assert message in " ".join("".join(capsys.readouterr()).split())
+
+
+def test_the_status_reaches_the_shell(tmp_path):
+    (tmp_path / "examined.py").write_text(EXAMINED)
+    code = "from gnsmon.cli import main; main(['check', 'examined:coupled'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 1, done.stderr

@@ -37,7 +37,7 @@ def _table(check: Check) -> Table:
             row.name,
             row.layer,
             f"{row.numbers:,}",
-            f"{row.covered / row.numbers:.0%}" if row.covered in (0, row.numbers) else "partly",
+            _covered(row),
             _error(row.error),
             _error(row.sum_error),
             "" if row.sogns is None else f"{row.sogns:.2f}",
@@ -83,6 +83,12 @@ def _legend(check: Check) -> str:
     if check.truth is not None:
         return text + "|G|² of this batch alone came out negative: no b_simple, no amplification."
     return text
+
+
+def _covered(row: Row) -> str:
+    if row.covered in (0, row.numbers):
+        return f"{row.covered / row.numbers:.0%}"
+    return f"{min(row.covered / row.numbers, 0.999):.1%}"  # never "100%" of what is not whole
 
 
 def _error(error: float | None) -> str:
