@@ -49,19 +49,18 @@ def compose(whole: Tensor, gradients: Tensor, fewer: Tensor) -> Composition:
     without its last example, but for a factor. Where the model's output is one number, no other
     sign tells them from a coupled loss, as that only scales each example's gradient.
     """
-    count, size = gradients.shape
+    count = len(gradients)
     scale, rest = _multiple(whole, gradients.sum(0), gradients)
     if rest < ROUNDING and scale > 0:
         mean = abs(scale * count - 1) < ROUNDING
         weights = torch.full_like(gradients[:, 0], 1 / count if mean else scale)
         return Composition("mean" if mean else "multiple", weights, rest)
-    if count < size:  # fewer numbers than examples are always some sum of theirs
-        inverse = torch.linalg.pinv(gradients @ gradients.T, hermitian=True, rtol=1e-12)
-        fitted = inverse @ (gradients @ whole)  # copies share their weight
-        _, left = _multiple(whole, fitted @ gradients, gradients)
-        _, kept = _multiple(fewer, fitted[:-1] @ gradients[:-1], gradients)
-        if max(left, kept) < ROUNDING and fitted.min() > -ROUNDING:
-            return Composition("weighted", fitted, left)
+    inverse = torch.linalg.pinv(gradients @ gradients.T, hermitian=True, rtol=1e-12)
+    fitted = inverse @ (gradients @ whole)  # copies share their weight
+    _, left = _multiple(whole, fitted @ gradients, gradients)
+    _, kept = _multiple(fewer, fitted[:-1] @ gradients[:-1], gradients)
+    if max(left, kept) < ROUNDING and fitted.min() > -ROUNDING:
+        return Composition("weighted", fitted, left)
     return Composition("coupled", torch.full_like(gradients[:, 0], scale), rest)
 
 
