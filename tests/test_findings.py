@@ -12,7 +12,7 @@ from torch import nn
 
 import gnsmon
 from gnsmon.checking import brute
-from gnsmon.checking.findings import chance_of_order, of_batch
+from gnsmon.checking.findings import chance_of_order, of_batch, random_layers
 
 
 def mean(model, batch):
@@ -119,6 +119,12 @@ def test_dropout_is_named_with_its_share_and_the_norms_are_proven_without():
     assert result.findings[0].severity == "note"
     assert titles(Dropped(0.3).eval(), reals(20, 5), plain) == []
     assert titles(Dropped(0.0), reals(20, 5), plain) == []
+
+
+def test_layers_that_do_not_drop_are_not_named():
+    drops = nn.ModuleDict({"on": nn.Dropout(0.3), "off": nn.Dropout(0.3).eval()})
+    assert random_layers(drops) == {"on": 0.3}
+    assert random_layers(nn.ModuleList([nn.LSTM(2, 2, dropout=0.0), nn.Dropout(0.0)])) == {}
 
 
 def test_functional_dropout_is_found_by_its_randomness():
@@ -234,6 +240,18 @@ def test_a_loss_that_couples_examples_is_an_error(loss, batch):
     assert "method='microbatch'" in found.text
     assert result.verdict == "FAILED: the loss couples the examples"
     assert all(row.error is None and row.sum_error < 1e-10 for row in result.rows)
+
+
+def test_weights_are_positive_and_stay_with_their_examples():
+    gradients, weights = reals(4, 9), torch.tensor([0.1, 0.4, 0.2, 0.3]).double()
+
+    def kind(of, of_fewer):
+        return brute.compose(of @ gradients, gradients, of_fewer @ gradients[:3]).kind
+
+    assert kind(weights, weights[:3] / 0.7) == "weighted"
+    assert kind(weights, weights[:3].flip(0)) == "coupled"
+    signed = weights * torch.tensor([1, -1, 1, 1])
+    assert kind(signed, signed[:3]) == "coupled"
 
 
 def test_more_examples_than_numbers_are_not_taken_for_weights():

@@ -160,10 +160,10 @@ class Check:
         if self.b_simple is None:
             return f"{off}; |G|² came out negative, so what that does to it cannot be told here"
         now = _ratio(self.read)
-        reads = "reads nothing, |G|² being negative," if now is None else f"reads {now:.3g}"
+        reads = "cannot be read, |G|² being negative" if now is None else f"reads {now:.3g}"
         return (
             f"{off}, which becomes {read / truth - 1:+.1%} in |G|² (amplification "
-            f"{self.amplification:.3g}); on this batch b_simple {reads} for {self.b_simple:.3g}"
+            f"{self.amplification:.3g}); on this batch b_simple is {self.b_simple:.3g} and {reads}"
         )
 
     def __rich__(self) -> RenderableType:
