@@ -99,12 +99,17 @@ def constant(model, batch):
     return batch.sum()
 
 
+def of_four(model, batch):
+    return model(batch).view(4, 2).square().mean()
+
+
 @pytest.mark.parametrize(
     ("loss", "batch", "message"),
     [
         (cases.energy, torch.randn(1, 3), "at least two examples in the batch, got 1"),
         (cases.energy, "text", "expected tensors in the batch"),
         (not_a_scalar, torch.randn(4, 3), r"a scalar tensor, got \[4, 2\]"),
+        (of_four, torch.randn(4, 3), "not its first example: shape .* is invalid"),
         (constant, torch.randn(4, 3), "does not depend on the parameters"),
     ],
 )

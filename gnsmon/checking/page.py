@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gnsmon.checking.findings import Finding
-from gnsmon.checking.values import Check, Row, together
+from gnsmon.checking.values import TOTAL, Check, Row, together
 
 MOST_ROWS = 24  # of the table, before layers that differ in a number are put together
 COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
@@ -35,13 +35,13 @@ def _table(check: Check) -> Table:
     for row in rows if len(rows) == 1 else [*rows, check.total]:
         table.add_row(
             row.name,
-            row.layer,
+            "" if row.name == TOTAL else row.layer,
             f"{row.numbers:,}",
             _covered(row),
             _error(row.error),
             _error(row.sum_error),
             "" if row.sogns is None else f"{row.sogns:.2f}",
-            style="bold" if row.name == "total" else "",
+            style="bold" if row.name == TOTAL else "",
         )
     return table
 

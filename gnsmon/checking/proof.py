@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gnsmon.checking import brute, findings
 from gnsmon.checking.brute import Loss
 from gnsmon.checking.findings import Finding
-from gnsmon.checking.values import Check, Norms, Row, together
+from gnsmon.checking.values import TOTAL, Check, Norms, Row, together
 from gnsmon.collectors.per_example import METHODS, PerExample
 from gnsmon.collectors.step import Skipped, StepNorms
 from gnsmon.estimators.moments import moments, obstacle
@@ -128,6 +128,16 @@ def _expect_loss(model: nn.Module, loss: Loss, batch: Any) -> None:
         raise ValueError(f"expected a loss(model, batch) that is a scalar tensor, got {came}")
     if not value.requires_grad:
         raise ValueError("expected a loss with a gradient: it does not depend on the parameters")
+    if any(coupling(module) for module in model.modules()):
+        return  # which may refuse a single example, and is never given one
+    try:
+        with left_untouched(model):
+            loss(model, examples(batch, 0, 1))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(
+            "expected a loss of any number of examples, as each is taken alone too; it takes the "
+            f"batch, but not its first example: {error}"
+        ) from error
 
 
 def _carried(batch: Any, loss: Loss, count: int) -> tuple[Any, Loss]:
@@ -253,7 +263,7 @@ def _split(gradient: Tensor, trainable: Mapping[str, Tensor]) -> tuple[Tensor, .
 
 def _moments(rows: list[Row], alone: _Alone | None) -> tuple[Moments | None, Moments | None]:
     """|G|² and S of the covered parameters in this batch, by brute force and by the method."""
-    norms = together(rows, "total").norms
+    norms = together(rows, TOTAL).norms
     if alone is None or norms is None:
         return None, None
     scale = float(alone.weights.sum())

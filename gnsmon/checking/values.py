@@ -13,6 +13,7 @@ from gnsmon.estimators.values import Moments
 
 TOLERANCE = 1e-8  # relative, in float64, of what is exact
 EXACT = {"pepgns"}
+TOTAL = "total"
 
 
 class Norms(NamedTuple):
@@ -106,7 +107,7 @@ class Check:
     @property
     def total(self) -> Row:
         """All parameters together."""
-        return together(self.rows, "total")
+        return together(self.rows, TOTAL)
 
     @property
     def b_simple(self) -> float | None:
