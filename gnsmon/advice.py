@@ -181,13 +181,17 @@ def _caveats(
     reading: Reading, present: int, size: int | None, unit: int, optimizer: str | None
 ) -> list[str]:
     caveats = []
-    if reading.method in PROXIES:
+    proxy, known = reading.proxy, reading.approximation
+    if proxy:
+        why = PROXIES.get(reading.method.partition("+")[0], "nothing says how far off it is")
         caveats.append(
-            f"{reading.method!r} is a proxy of uncalibrated bias ({PROXIES[reading.method]}); "
+            f"{reading.method!r} is a proxy of uncalibrated bias ({why}); set calibrate_every=, or "
             "compare it with method 'pepgns' on this model before acting on it"
         )
+    elif known is not None and known.exact_steps and known.standard_error is None:
+        caveats.append("calibrated by a single exact step: how far off it is will show at the next")
     r = (reading.b_simple or 0.0) / reading.examples
-    if r >= (1 if reading.method in PROXIES else 10):
+    if r >= (1 if proxy else 10):
         caveats.append(
             f"an error of 1 % in the parts' norms moves b_simple by about {1 + r:.0f} %, as it is "
             f"{r:.3g} times the batch it was measured at"

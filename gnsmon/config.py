@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -16,7 +16,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Method = Literal["pepgns", "sogns", "microbatch", "subbatch"]
+TAPPED = ("pepgns", "sketch", "sogns", "norm_layers")
+OTHERS = ("microbatch", "subbatch")
+FILLED = ("pepgns", "sketch", "sogns")  # of which another source may fill the gaps
+CALIBRATED = ("sogns", "norm_layers")
 HALF_LIFE = re.compile(
     r"\s*(\d+(?:[,_]\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?)\s*([kMG]?)\s*(steps|examples|tokens)\s*"
 )
@@ -28,12 +31,20 @@ class MonitorConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    method: list[Method] = Field(["pepgns"], min_length=1)
+    method: list[str] = Field(["pepgns"], min_length=1)
     """Sources of the small-batch norms, each its own reading; advice is given on the first.
 
-    Examples: "pepgns" (exact), "sogns" (approximate). Microbatches of gradient accumulation, for
-    any model: "microbatch" (all), "subbatch" (the first against the whole step).
+    By example: "pepgns" (exact), "sketch" (unbiased, in time linear in positions), "sogns" (an
+    approximation), "norm_layers" (of their parameters alone). Microbatches of gradient
+    accumulation, for any model: "microbatch" (all), "subbatch" (the first against the whole step).
+    "pepgns+microbatch" takes the second source for the parameters that the first leaves out.
     """
+    calibrate_every: int | None = Field(None, ge=1)
+    """For sogns and norm_layers: one measured step in this many is measured exactly too."""
+    subspace: int = Field(8, ge=1)
+    """For sketch: directions in which the norms are exact."""
+    probes: int = Field(1, ge=1)
+    """For sketch: random probes of each example in the other directions."""
     every: int = Field(10, ge=1)
     """Measure one optimizer step in this many."""
     decay: float | None = Field(None, gt=0, lt=1)
@@ -62,6 +73,18 @@ class MonitorConfig(BaseModel):
     def _one_method(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
+    @field_validator("method")
+    @classmethod
+    def _known_methods(cls, value: list[str]) -> list[str]:
+        for name in value:
+            first, plus, rest = name.partition("+")
+            if first not in (*TAPPED, *OTHERS) or plus and not (first in FILLED and rest in OTHERS):
+                raise ValueError(
+                    f"expected one of {', '.join((*TAPPED, *OTHERS))}, or a plus between one of "
+                    f"{', '.join(FILLED)} and one of {', '.join(OTHERS)}; got {name!r}"
+                )
+        return value
+
     @field_validator("sinks", mode="before")
     @classmethod
     def _sinks(cls, value: Any) -> Any:
@@ -82,6 +105,10 @@ class MonitorConfig(BaseModel):
             raise ValueError(f"{' and '.join(memories)} are set; the averages take one of them")
         if len(set(self.method)) < len(self.method):
             raise ValueError(f"method names a source twice: {self.method}")
+        if self.calibrate_every and not any(m.partition("+")[0] in CALIBRATED for m in self.method):
+            raise ValueError(
+                f"calibrate_every is for {' and '.join(CALIBRATED)}, and method is {self.method}"
+            )
         return self
 
 

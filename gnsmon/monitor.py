@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gnsmon.advice import Advice, advise
-from gnsmon.collectors import microbatch, per_example
 from gnsmon.collectors.groups import group_of
-from gnsmon.collectors.step import NO_BACKWARD, NO_TAP, UNUSED, Skipped, StepNorms
+from gnsmon.collectors.per_example import NOT_A_NORM
+from gnsmon.collectors.step import NO_BACKWARD, NO_TAP, UNUSED, Measured, Skipped, StepNorms
 from gnsmon.config import MonitorConfig, load, parse_half_life
 from gnsmon.estimators import Estimator, GroupReading, NormPair, Raw, Reading, obstacle
 from gnsmon.estimators.values import SCHEMA, Array
+from gnsmon.methods import PATIENCE, Method, Outcome, sources
 from gnsmon.sinks import SinkSet, open_sink
 
-PATIENCE = 3  # faults in a row after which the monitor switches itself off
 TOTAL = ""  # key of the total among the groups
 
 
@@ -60,33 +60,17 @@ class Collector(Protocol):
     def untapped(self) -> Mapping[str, str]:
         """Parameters that are known not to be measured before any step, and why."""
 
-    def arm(self, measure: bool) -> None:
-        """Measure the next step, or let it pass."""
+    def arm(self, measure: bool, *, exact: bool = False) -> None:
+        """Measure the next step, or let it pass; `exact` asks for exact norms too, if it can."""
 
     def weigh(self, weights: Tensor) -> None:
         """Weigh the examples of the batch whose backward comes next."""
 
-    def close(self) -> StepNorms | Skipped | None:
-        """The step's norms; None when it was not to be measured."""
+    def close(self) -> Measured | Skipped | None:
+        """The step's norms by each method; None when it was not to be measured."""
 
     def remove(self) -> None:
         """Leave the model as it was."""
-
-
-@dataclass
-class _Source:
-    """A collector and how its measurements have gone."""
-
-    collector: Collector
-    methods: Sequence[str]
-    last: StepNorms | None = None
-    last_step: int | None = None
-    faults: int = 0  # in a row
-
-    @property
-    def off(self) -> bool:
-        """Whether it failed too often."""
-        return self.faults >= PATIENCE
 
 
 @dataclass(frozen=True)
@@ -180,10 +164,12 @@ class Monitor:
                     f"optimizer: expected a torch.optim.Optimizer or several, got {o!r}; without "
                     "one call commit() after each step"
                 )
-        self._sources = _sources(model, config, weights)
-        self._groups, self._index = _index(
-            self._sources[0].collector.names, group_of(model, config.groups)
-        )
+        self._sources: list[tuple[Collector, list[str]]] = sources(model, config, weights)
+        names = self._sources[0][0].names
+        self._groups, self._index = _index(names, group_of(model, config.groups))
+        self._methods = {
+            name: Method(name, names, self._by_group, level=config.level) for name in config.method
+        }
         memory, self._unit = {"decay": config.decay, "window": config.window}, "steps"
         if config.half_life is not None:
             memory["half_life"], self._unit = parse_half_life(config.half_life)
@@ -228,8 +214,8 @@ class Monitor:
 
     def weigh(self, weights: Tensor) -> None:
         """Weigh the examples of the batch whose backward comes next; see `attach`."""
-        for source in self._sources:
-            source.collector.weigh(torch.as_tensor(weights))
+        for collector, _ in self._sources:
+            collector.weigh(torch.as_tensor(weights))
 
     def log_loss(self, value: float, step: int | None = None) -> None:
         """Record the training loss beside the readings, of the last step unless `step` is given."""
@@ -245,7 +231,7 @@ class Monitor:
         Args:
             method: the first one unless named.
         """
-        return self._coverage(self._source(method or self.config.method[0]))
+        return self._coverage(self._methods[method or self.config.method[0]])
 
     def advice(self) -> Advice:
         """What to make of the last reading.
@@ -262,7 +248,7 @@ class Monitor:
         return {
             "schema": SCHEMA,
             "step": self.step,
-            "last_step": {m: self._source(m).last_step for m in self.config.method},
+            "methods": {name: method.state_dict() for name, method in self._methods.items()},
             "groups": self._groups,
             "skipped": dict(self.skipped),
             "estimators": {m: e.state_dict() for m, e in self._estimators.items()},
@@ -288,8 +274,8 @@ class Monitor:
                 )
             estimator.load_state_dict(state["estimators"][method])
         self.step = self._first_step = int(state["step"])
-        for source in self._sources:
-            source.last_step = state["last_step"][source.methods[0]]
+        for name, method in self._methods.items():
+            method.load_state_dict(state["methods"][name])
         self.skipped = Counter(state["skipped"])
         self._arm()
 
@@ -300,8 +286,8 @@ class Monitor:
         self._closed = True
         for hook in self._hooks:
             hook.remove()
-        for source in self._sources:
-            source.collector.remove()
+        for collector, _ in self._sources:
+            collector.remove()
         self._start()
         if self.reading is not None:
             advice = self._advise(self.reading)
@@ -321,74 +307,83 @@ class Monitor:
 
     def _stepped(self, first: bool) -> None:
         """An optimizer has stepped; the first of several counts the steps."""
-        pending = any(source.collector.pending for source in self._sources)
+        pending = any(collector.pending for collector, _ in self._sources)
         if self._off or self._closed or not (first or pending):
             return
-        measured = any(source.collector.wanted for source in self._sources)
-        for source in self._sources:
-            try:
-                self._take(source, source.collector.close())
-            except Exception as error:
-                if self.config.strict:
-                    raise
-                self._skip(source, Skipped("fault", f"{type(error).__name__}: {error}"))
+        measured = any(collector.wanted for collector, _ in self._sources)
+        found: dict[str, Outcome] = {}
+        for collector, names in self._sources:
+            outcome = self._guarded(lambda c=collector: self._closed_by(c))
+            found |= outcome if isinstance(outcome, dict) else dict.fromkeys(names, outcome)
+        said: list[Skipped] = []  # by several methods at once, perhaps
+        for method in self._methods.values():
+            if outcome := self._guarded(lambda m=method: self._take(m, found)):
+                method.faults = method.faults + 1 if outcome.reason == "fault" else 0
+                if not any(outcome is other for other in said):
+                    self._skip(method, outcome)
+                said.append(outcome)
         self._clock.tick(measured)
         self.step += first
         self._arm()
 
+    def _closed_by(self, collector: Collector) -> Measured | Skipped | None:
+        norms = collector.close()
+        if not isinstance(norms, dict):
+            return norms
+        scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
+        return {method: of.unscaled(scale) for method, of in norms.items()}
+
+    def _guarded(self, fn: Callable[[], Any]) -> Any:
+        """`fn()`; a failure as the reason to skip a measurement, for training must go on."""
+        try:
+            return fn()
+        except Exception as error:
+            if self.config.strict:
+                raise
+            return Skipped("fault", f"{type(error).__name__}: {error}")
+
     def _arm(self) -> None:
-        for source in self._sources:
-            source.collector.arm(not source.off and self.step % self.config.every == 0)
+        """Ask the sources for the next step, if it is one of those measured."""
+        used = {n for m in self._methods.values() if not m.off for n in (m.first, m.rest)}
+        due, rare = self.step % self.config.every == 0, self.config.calibrate_every
+        exact = due and rare is not None and self.step % (self.config.every * rare) == 0
+        for collector, names in self._sources:
+            collector.arm(due and not used.isdisjoint(names), exact=exact)
 
     @property
     def _off(self) -> bool:
-        return all(source.off for source in self._sources)
+        return all(method.off for method in self._methods.values())
 
-    def _source(self, method: str) -> _Source:
-        return next(source for source in self._sources if method in source.methods)
-
-    def _take(self, source: _Source, norms: StepNorms | Skipped | None) -> None:
+    def _take(self, method: Method, found: Mapping[str, Outcome]) -> Skipped | None:
+        """Make a reading of what the sources found; why not, where there is none."""
+        norms = None if method.off else method.norms(found)
         if isinstance(norms, Skipped):
             # With several optimizers, another one's step may have closed this one's measurement.
-            if norms.reason not in (NO_TAP, NO_BACKWARD) or source.last_step != self.step:
-                self._skip(source, norms)
-            return
+            closed = norms.reason in (NO_TAP, NO_BACKWARD) and method.last_step == self.step
+            return None if closed else norms
         if norms is None:
-            return
-        scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
-        pairs = {
-            method: NormPair(
-                self._by_group(norms.big_sq_norm) / scale**2,
-                self._by_group(parts) / scale**2,
-                norms.sum_sq_weights,
-                norms.examples,
-            )
-            for method, parts in norms.parts_sq_norm.items()
-        }
-        for pair in pairs.values():
-            if reason := obstacle(pair):
-                self._skip(
-                    source,
-                    Skipped(reason, f"its {norms.examples} example(s) give no estimate: {reason}"),
-                )
-                return
-        elapsed = self._elapsed(source, norms)
-        source.last, source.last_step = norms, self.step
-        for method, pair in pairs.items():
-            self.readings[method] = self._read(source, method, pair, elapsed)
-        source.faults = 0
+            return None
+        pair = method.pair(norms)
+        if reason := obstacle(pair):
+            return Skipped(reason, f"its {norms.examples} example(s) give no estimate: {reason}")
+        elapsed = self._elapsed(method, norms)
+        method.last, method.last_step = norms, self.step
+        reading = self.readings[method.name] = self._read(method, norms, pair, elapsed)
+        method.faults = 0
         self._start()
-        self._tell_missing(source, norms.missing)
-        for method in pairs:
-            self._sinks(self.readings[method])
+        self._tell_missing(method, norms.missing)
+        self._sinks(reading)
+        return None
 
-    def _read(self, source: _Source, method: str, pair: NormPair, elapsed: float) -> Reading:
-        estimator = self._estimators[method]
+    def _read(self, method: Method, norms: StepNorms, pair: NormPair, elapsed: float) -> Reading:
+        estimator = self._estimators[method.name]
         step = estimator.update(pair, elapsed=elapsed)
         grad_sq_norm, tr_sigma = estimator.grad_sq_norm, estimator.tr_sigma
+        ratios = method.ratios(estimator.ratios(), pair.examples)
+        known = method.approximations(norms, ratios)
         groups = {
             group: GroupReading(
-                **vars(ratio),
+                **vars(ratios[i]),
                 grad_sq_norm=float(grad_sq_norm[i]),
                 tr_sigma=float(tr_sigma[i]),
                 raw=Raw(
@@ -398,20 +393,20 @@ class Monitor:
                     grad_sq_norm=float(step.grad_sq_norm[i]),
                     tr_sigma=float(step.tr_sigma[i]),
                 ),
+                approximation=known[i],
             )
-            for i, (group, ratio) in enumerate(zip(self._groups, estimator.ratios(), strict=True))
+            for i, group in enumerate(self._groups)
             if group == TOTAL or tr_sigma[i] or grad_sq_norm[i]
         }
-        assert source.last is not None
         total = groups.pop(TOTAL)
         reading = Reading(
             step=self.step,
             examples=pair.examples,
-            tokens=source.last.tokens,
-            method=method,
+            tokens=norms.tokens,
+            method=method.name,
             **vars(total),
             n_eff=estimator.n_eff,
-            coverage=self._coverage(source).fraction,
+            coverage=self._coverage(method).fraction,
             overhead=self._clock.overhead,
             skipped=dict(self.skipped),
             groups=groups,
@@ -424,9 +419,9 @@ class Monitor:
         sums[0] = values.sum()
         return sums
 
-    def _elapsed(self, source: _Source, norms: StepNorms) -> float:
+    def _elapsed(self, method: Method, norms: StepNorms) -> float:
         """Steps, examples or tokens since the last measured step, all steps taken to be alike."""
-        steps = 1 if source.last_step is None else self.step - source.last_step
+        steps = 1 if method.last_step is None else self.step - method.last_step
         each = {"steps": 1, "examples": norms.examples, "tokens": norms.tokens}[self._unit]
         if each is None:
             raise ValueError(
@@ -436,7 +431,7 @@ class Monitor:
         return float(max(steps, 1) * each)
 
     def _advise(self, reading: Reading) -> Advice:
-        last = self._source(reading.method).last
+        last = self._methods[reading.method].last
         assert last is not None
         return advise(
             reading,
@@ -446,34 +441,40 @@ class Monitor:
             tokens_per_example=reading.tokens / reading.examples if reading.tokens else None,
         )
 
-    def _coverage(self, source: _Source) -> Coverage:
-        norms = source.last
+    def _coverage(self, method: Method) -> Coverage:
+        norms = method.last
         sizes = {n: p.numel() for n, p in self.model.named_parameters() if p.requires_grad}
-        missing = source.collector.untapped if norms is None else norms.missing
+        missing = self._untapped(method) if norms is None else norms.missing
         missing = {name: missing[name] for name in sizes if name in missing}
         covered = [name for name in sizes if name not in missing]
         share = sum(sizes[name] for name in covered) / max(sum(sizes.values()), 1)
         return Coverage(covered, missing, share, norms.norm_fraction if norms else None)
 
-    def _skip(self, source: _Source, skipped: Skipped) -> None:
+    def _untapped(self, method: Method) -> Mapping[str, str]:
+        untapped = {name: c.untapped for c, names in self._sources for name in names}
+        first = untapped[method.first]
+        rest = untapped[method.rest] if method.rest else first
+        return {name: why for name, why in first.items() if name in rest}
+
+    def _skip(self, method: Method, skipped: Skipped) -> None:
         """Count a dropped measurement, say so once, and give up after repeated faults."""
         self.skipped[skipped.reason] += 1
-        source.faults = source.faults + 1 if skipped.reason == "fault" else 0
-        if source.off:
-            what = "" if len(self._sources) == 1 else f"{', '.join(source.methods)} "
+        if method.off:
             self._warn(
-                f"{what}switched off after {PATIENCE} faults in a row, the last: {skipped.detail}"
+                f"method {method.name!r} switched off after {PATIENCE} faults in a row, the last: "
+                f"{skipped.detail}"
             )
         elif self.skipped[skipped.reason] == 1 and skipped.reason != "nonfinite":
             self._warn(f"step {self.step} is not measured: {skipped.detail}")
 
-    def _tell_missing(self, source: _Source, missing: Mapping[str, str]) -> None:
+    def _tell_missing(self, method: Method, missing: Mapping[str, str]) -> None:
         """Warn of parameters that are left out, once of each."""
-        new = {n: why for n, why in missing.items() if n not in self._told and why != UNUSED}
+        known = (UNUSED, NOT_A_NORM)
+        new = {n: why for n, why in missing.items() if n not in self._told and why not in known}
         self._told |= new.keys()
         if new:
             left_out = "".join(f"\n  {name}: {why}" for name, why in new.items())
-            share = self._coverage(source).fraction
+            share = self._coverage(method).fraction
             self._warn(f"{share:.1%} of the trainable parameters are measured; left out:{left_out}")
 
     def _warn(self, text: str) -> None:
@@ -495,7 +496,7 @@ class Monitor:
             self._sinks.loss(step, value)
 
     def _header(self) -> dict[str, Any]:
-        coverage, last = self.coverage(), self._source(self.config.method[0]).last
+        coverage, last = self.coverage(), self._methods[self.config.method[0]].last
         parameters = list(self.model.parameters())
         return {
             "model": type(self.model).__name__,
@@ -519,26 +520,6 @@ class Monitor:
                 "python": platform.python_version(),
             },
         }
-
-
-def _sources(
-    model: nn.Module, config: MonitorConfig, weights: Callable[..., Tensor] | None
-) -> list[_Source]:
-    """One collector for all methods that share the taps, and one for each other method."""
-    options: dict[str, Any] = {
-        "batch_dim": config.batch_dim,
-        "weigh": weights,
-        "strict": config.strict,
-    }
-    tapped = [method for method in config.method if method in per_example.METHODS]
-    sources = {
-        method: _Source(microbatch.Microbatch(model, method, **options), [method])
-        for method in config.method
-        if method in microbatch.METHODS
-    }
-    if tapped:
-        sources[tapped[0]] = _Source(per_example.PerExample(model, tapped, **options), tapped)
-    return [sources[method] for method in config.method if method in sources]
 
 
 class _Clock:

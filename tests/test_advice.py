@@ -4,6 +4,7 @@ import pytest
 
 from gnsmon.advice import advise, suggested_batch_size
 from gnsmon.estimators import Raw, Reading
+from gnsmon.estimators.values import Approximation
 
 RAW = Raw(1.0, 1.0, 0.1, 1.0, 1.0)
 BASE = {
@@ -23,6 +24,8 @@ BASE = {
     "coverage": 1.0,
     "overhead": None,
 }
+UNCALIBRATED = Approximation(None, None, None, 0, 5.0)
+ONCE = Approximation(1.2, None, None, 1, 5.0)
 LOWER = {"status": "lower_bound", "b_simple": None, "high": None, "reason": "not yet"}
 UNDEFINED = {"status": "undefined", "b_simple": None, "low": None, "high": None}
 
@@ -139,12 +142,16 @@ def test_tokens():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"method": "sogns"}, "'sogns' is a proxy"),
-        ({"method": "norm_layers"}, "'norm_layers' is a proxy"),
+        ({"method": "sogns", "approximation": UNCALIBRATED}, "'sogns' is a proxy"),
+        (
+            {"method": "norm_layers", "approximation": UNCALIBRATED},
+            "'norm_layers' is a proxy",
+        ),
+        ({"method": "sogns", "approximation": ONCE}, "calibrated by a single exact step"),
         ({"coverage": 0.93}, "93% of the trainable parameters"),
         ({"status": "wide", "reason": "known to 31% only"}, "known to 31% only"),
         ({"b_simple": 1280.0, "high": 2000.0}, "about 21 %"),
-        ({"method": "sogns"}, "about 5 %"),
+        ({"method": "sogns", "approximation": UNCALIBRATED}, "about 5 %"),
         ({}, "order of magnitude"),
     ],
 )

@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "plots": {"estimators", "sinks"},
     "report": {"estimators", "sinks", "plots", "advice"},
     "collectors": {"norms", "estimators"},
-    "monitor": {"collectors", "estimators", "sinks", "advice", "config"},
+    "methods": {"collectors", "estimators", "config"},
+    "monitor": {"collectors", "estimators", "sinks", "advice", "config", "methods"},
     "checking": {"collectors", "estimators", "norms"},
 }
 WITHOUT_TORCH = {"estimators", "advice", "config", "sinks", "plots", "report"}

@@ -8,6 +8,8 @@ import gnsmon
 from gnsmon import checking
 from gnsmon.checking import brute
 from gnsmon.checking.page import by_layer
+from gnsmon.checking.values import EXACT
+from gnsmon.collectors.per_example import METHODS
 from gnsmon.demo import problems
 from gnsmon.norms import rules
 
@@ -154,6 +156,28 @@ def test_an_approximate_method_passes_and_says_what_it_costs():
     assert f"becomes {read / truth - 1:+.1%} in |G|²" in result.verdict
     assert result.amplification == 1 + result.b_simple / 8
     assert gnsmon.check(model, cases.energy, x).verdict.startswith("passed: 100.00%")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_that_the_collector_has_can_be_checked(method):
+    result = gnsmon.check(*problems.text(), method=method)
+    assert result.passed
+    assert (result.fraction == 1) == (method != "norm_layers")
+    assert result.max_error < 1e-10 or method not in EXACT
+
+
+def test_what_is_left_out_is_in_the_noise_scale_of_the_whole():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)), torch.randn(9, 3)
+    part, whole = (
+        gnsmon.check(model, cases.energy, x + 1, method=m) for m in ("norm_layers", "pepgns")
+    )
+    norm = [row for row in whole.rows if row.layer == "LayerNorm"]
+    assert part.fraction == sum(r.numbers for r in norm) / sum(r.numbers for r in whole.rows)
+    assert float(part.whole.tr_sigma[0]) == float(whole.truth.tr_sigma[0])
+    assert part.b_simple != whole.b_simple
+    shown = f"b_simple is {part.b_simple:.3g} without them and {whole.b_simple:.3g} with them"
+    assert shown in part.verdict
 
 
 def test_where_the_gradient_is_lost_in_noise_nothing_is_said_of_it():

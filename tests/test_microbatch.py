@@ -595,7 +595,7 @@ def test_repeated_faults_switch_off_that_method_alone(monkeypatch):
             accumulation(model, optimizer, batch)
         gns.close()
     assert gns.skipped == {"fault": 3}
-    assert ["microbatch switched off after 3" in str(w.message) for w in warned] == [False, True]
+    assert ["'microbatch' switched off after 3" in str(w.message) for w in warned] == [False, True]
     assert gns.reading.step == 4
 
 

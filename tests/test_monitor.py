@@ -784,7 +784,7 @@ def test_only_measured_steps_cost_anything():
             plain(model, optimizer, batch)
             seen.append(gns.reading.step)
         assert seen == [0, 0, 0, 0, 4, 4, 4, 4, 8]
-        ids = [id(tap.probe.grad_fn) for tap in gns._sources[0].collector.taps.layers]
+        ids = [id(tap.probe.grad_fn) for tap in gns._sources[0][0].taps.layers]
         assert ids
         logits = model(batch[0])
         names = {type(f).__name__ for f in graph(logits.grad_fn)}

@@ -344,4 +344,5 @@ def _listed(names: Sequence[str], most: int = 3) -> str:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.{2 if share < 0.01 else 1 if share < 0.1 else 0}f} %"
+    from_an_end = min(abs(share), abs(1 - share))
+    return f"{100 * share:.{2 if from_an_end < 0.01 else 1 if from_an_end < 0.1 else 0}f} %"

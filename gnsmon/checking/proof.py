@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from gnsmon.checking import brute, findings
 from gnsmon.checking.brute import Loss
 from gnsmon.checking.findings import Finding
-from gnsmon.checking.values import TOTAL, Check, Norms, Row, together
+from gnsmon.checking.values import Check, Norms, Row
 from gnsmon.collectors.per_example import METHODS, PerExample
-from gnsmon.collectors.step import Skipped, StepNorms
+from gnsmon.collectors.step import Measured, Skipped, StepNorms
 from gnsmon.estimators.moments import moments, obstacle
 from gnsmon.estimators.values import Moments, NormPair
 from gnsmon.norms.oracles import examples, left_untouched, map_tensors, named_tensors
@@ -57,13 +57,15 @@ def check(model: nn.Module, loss: Loss, batch: Any, *, method: str = "pepgns") -
     _expect_loss(model, loss, batch)
     quiet, state = _without_draws(model, loss, batch)
     norms, collector = _collect(quiet, loss, batch, method, strict=True)
-    alone, notes_of_it = _alone(quiet, loss, batch, count) if state != RANDOM else (None, [])
-    notes += notes_of_it
-    rows = _rows(quiet, norms, collector, method, alone)
+    alone, said = _alone(quiet, loss, batch, count) if state != RANDOM else (None, [])
+    notes += said
+    compared = _norms(quiet, norms, method, alone) if alone else {}
+    chosen = norms if isinstance(norms, Skipped) else norms[method]
+    rows = _rows(quiet, chosen, collector, compared)
     missing = {row.name: row.reason for row in rows if row.reason}
     sizes = {row.name: row.numbers for row in rows}
-    if isinstance(norms, StepNorms):
-        notes += findings.of_coverage(sizes, missing, norms.norm_fraction)
+    if isinstance(chosen, StepNorms):
+        notes += findings.of_coverage(sizes, missing, chosen.norm_fraction)
     if state == RANDOM:
         notes += findings.of_randomness_in_eval()
     elif state and alone:
@@ -72,12 +74,21 @@ def check(model: nn.Module, loss: Loss, batch: Any, *, method: str = "pepgns") -
         notes += findings.of_dropout(findings.random_layers(model), shares, silent, state)
     if state:
         noisy, _ = _collect(model, loss, batch, method, strict=False)
-        lost = noisy.missing if isinstance(noisy, StepNorms) else {}
+        lost = {} if isinstance(noisy, Skipped) else noisy[method].missing
         notes += findings.of_left_out_by_dropout(
             sizes, {name: why for name, why in lost.items() if name not in missing}
         )
     notes.sort(key=lambda finding: findings.SEVERITIES.index(finding.severity))
-    return Check(rows, count, method, notes, *_moments(rows, alone))
+    covered = [row.norms for row in rows if row.norms]
+    return Check(
+        rows=rows,
+        examples=count,
+        method=method,
+        findings=notes,
+        whole=_moments([*compared.values()], "exact", alone),
+        truth=_moments(covered, "exact", alone),
+        read=_moments(covered, "found", alone),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,13 +107,13 @@ def _alone(
     if any(coupling(module) for module in model.modules()):
         return None, []
     gradients = brute.gradient_matrix(model, loss, batch)
-    if notes := list(findings.of_nonfinite(gradients)):
-        return None, notes
+    if bad := list(findings.of_nonfinite(gradients)):
+        return None, bad
     whole = brute.batch_gradient(model, loss, batch)
     fewer = brute.batch_gradient(model, loss, examples(batch, 0, count - 1))
     made = brute.compose(whole, gradients, fewer)
-    notes = list(findings.of_composition(made))
-    return None if made.kind == "coupled" else _Alone(gradients, whole, made.weights), notes
+    said = list(findings.of_composition(made))
+    return None if made.kind == "coupled" else _Alone(gradients, whole, made.weights), said
 
 
 def _expect_batch(batch: Any) -> tuple[int, Mapping[str, Tensor], Mapping[str, Tensor]]:
@@ -179,7 +190,7 @@ def _without_draws(model: nn.Module, loss: Loss, batch: Any) -> tuple[nn.Module,
 
 def _collect(
     model: nn.Module, loss: Loss, batch: Any, method: str, *, strict: bool
-) -> tuple[StepNorms | Skipped, PerExample]:
+) -> tuple[Measured | Skipped, PerExample]:
     """What the monitor would measure of this batch."""
     collector = PerExample(model, list(dict.fromkeys([method, "sogns"])), strict=strict)
     norms = None
@@ -201,8 +212,7 @@ def _rows(
     model: nn.Module,
     norms: StepNorms | Skipped,
     collector: PerExample,
-    method: str,
-    alone: _Alone | None,
+    compared: Mapping[str, Norms],
 ) -> list[Row]:
     owner = {
         id(p): (path, type(module).__name__)
@@ -214,9 +224,6 @@ def _rows(
         missing = {name: collector.untapped.get(name, norms.detail) for name in trainable}
     else:
         missing = norms.missing
-    compared = (
-        {} if isinstance(norms, Skipped) or not alone else _norms(model, norms, method, alone)
-    )
     rows = []
     for name, p in trainable.items():
         path, layer = owner[id(p)]
@@ -236,7 +243,9 @@ def _rows(
     return rows
 
 
-def _norms(model: nn.Module, norms: StepNorms, method: str, alone: _Alone) -> dict[str, Norms]:
+def _norms(
+    model: nn.Module, norms: Measured | Skipped, method: str, alone: _Alone
+) -> dict[str, Norms]:
     """The squared norms of every trainable parameter, by brute force and by the collector."""
     column = {name: i for i, (name, _) in enumerate(model.named_parameters())}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -244,7 +253,10 @@ def _norms(model: nn.Module, norms: StepNorms, method: str, alone: _Alone) -> di
     wholes = dict(zip(trainable, _split(alone.whole, trainable), strict=True))
     exact = {n: float(alone.weights.square() @ g.square().sum(1)) for n, g in pieces.items()}
     floor = 1e-24 * max(exact.values())
-    found, sogns = (norms.parts_sq_norm[name] for name in (method, "sogns"))
+    found, sogns = (
+        np.zeros(len(column)) if isinstance(norms, Skipped) else norms[name].parts_sq_norm
+        for name in (method, "sogns")
+    )
     return {
         name: Norms(
             whole=float(wholes[name].square().sum()),
@@ -261,16 +273,14 @@ def _split(gradient: Tensor, trainable: Mapping[str, Tensor]) -> tuple[Tensor, .
     return gradient.split([p.numel() for p in trainable.values()], -1)
 
 
-def _moments(rows: list[Row], alone: _Alone | None) -> tuple[Moments | None, Moments | None]:
-    """|G|² and S of the covered parameters in this batch, by brute force and by the method."""
-    norms = together(rows, TOTAL).norms
-    if alone is None or norms is None:
-        return None, None
+def _moments(norms: list[Norms], by: str, alone: _Alone | None) -> Moments | None:
+    """|G|² and S of some parameters in this batch, from the parts' norms `by` name."""
+    if alone is None or not norms:
+        return None
     scale = float(alone.weights.sum())
-    big = np.array([norms.whole]) / scale**2
     share = float(alone.weights.square().sum()) / scale**2
-    exact, found = (
-        NormPair(big, np.array([q]) / scale**2, share, len(alone.weights))
-        for q in (norms.exact, norms.found)
+    big, parts = (
+        np.array([sum(getattr(n, key) for n in norms)]) / scale**2 for key in ("whole", by)
     )
-    return (None, None) if obstacle(exact) else (moments(exact), moments(found))
+    pair = NormPair(big, parts, share, len(alone.weights))
+    return None if obstacle(pair) else moments(pair)

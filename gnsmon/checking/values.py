@@ -12,7 +12,7 @@ from gnsmon.checking.findings import Finding
 from gnsmon.estimators.values import Moments
 
 TOLERANCE = 1e-8  # relative, in float64, of what is exact
-EXACT = {"pepgns"}
+EXACT = {"pepgns", "norm_layers"}  # methods that are, where they cover
 TOTAL = "total"
 
 
@@ -82,8 +82,9 @@ class Check:
     examples: int
     method: str
     findings: list[Finding]
-    truth: Moments | None  # of what is covered in this batch, by brute force
-    read: Moments | None  # the same by the method's norms
+    whole: Moments | None  # of all trainable parameters in this batch, by brute force
+    truth: Moments | None  # of the covered ones, by brute force
+    read: Moments | None  # of the covered ones, by the method's norms
 
     @property
     def max_error(self) -> float:
@@ -111,7 +112,7 @@ class Check:
 
     @property
     def b_simple(self) -> float | None:
-        """The noise scale of this batch alone, by brute force; None where |G|² came out negative.
+        """That of the covered in this batch, by brute force; None where |G|² came out negative.
 
         Of few examples it tells the order of magnitude at best.
         """
@@ -128,11 +129,19 @@ class Check:
         if self._failure:
             return f"FAILED: {self._failure}"
         covered = f"passed: {self.fraction:.2%} of the trainable parameters are covered"
-        left_out = "" if self.fraction == 1 else "; the others are left out of both norms"
+        left_out = "" if self.fraction == 1 else f"; the others are left out{self._difference}"
         if self.method in EXACT:
             right = f" and right to {self.max_error:.1e} over {self.examples} examples"
             return f"{covered}{right}{left_out}"
         return f"{covered}{left_out}; {self._approximation}"
+
+    @property
+    def _difference(self) -> str:
+        """What it makes to the noise scale that some parameters are left out."""
+        here, whole = self.b_simple, _ratio(self.whole)
+        if here is None or whole is None:
+            return ""
+        return f" (in this batch, b_simple is {here:.3g} without them and {whole:.3g} with them)"
 
     @property
     def _failure(self) -> str | None:

@@ -57,8 +57,13 @@ def group_of(model: nn.Module, groups: Groups) -> dict[str, str]:
     return {name: _kind(path, model.get_submodule(path)) for name, path in owner.items()}
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether `module` is a normalisation layer, also of somebody's own."""
+    return isinstance(module, NORMS) or "norm" in type(module).__name__.lower()
+
+
 def _kind(path: str, module: nn.Module) -> str:
-    if isinstance(module, NORMS) or "norm" in type(module).__name__.lower():
+    if is_norm(module):
         return "norm"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "embedding"

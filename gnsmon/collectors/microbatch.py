@@ -18,6 +18,7 @@ from gnsmon.collectors.step import (
     NO_BACKWARD,
     TOLERANCE,
     UNUSED,
+    Measured,
     Skipped,
     StepNorms,
     check_weights,
@@ -130,7 +131,7 @@ class Microbatch:
         self._on_parameters: dict[str, tuple[nn.Parameter, RemovableHandle]] = {}
         self._clear()
 
-    def arm(self, measure: bool) -> None:
+    def arm(self, measure: bool, *, exact: bool = False) -> None:
         """Measure the next step, or let it pass without a hook on any parameter."""
         self.wanted = measure
         if measure:
@@ -140,7 +141,7 @@ class Microbatch:
             handle.remove()
         self._on_parameters.clear()
 
-    def close(self) -> StepNorms | Skipped | None:
+    def close(self) -> Measured | Skipped | None:
         """The step's norms, read after its optimizer step; None when it was not to be measured."""
         try:
             with exactly(self.model):
@@ -266,7 +267,7 @@ class Microbatch:
 
     # What the step brings.
 
-    def _close(self) -> StepNorms | Skipped:
+    def _close(self) -> Measured | Skipped:
         if self._backwards.fault is not None:
             return self._backwards.fault
         if not self._parts:
@@ -312,7 +313,7 @@ class Microbatch:
         batches: list[int],
         weights: Array,
         tokens: int | None,
-    ) -> StepNorms | Skipped:
+    ) -> Measured | Skipped:
         column = {name: i for i, name in enumerate(self.names)}
         sq_norms, growth = np.zeros((2, len(values), len(self.names)))
         for j, part in enumerate(self._parts):
@@ -338,9 +339,9 @@ class Microbatch:
             return Skipped("nothing measured", why)
         parts_sq_norm, sum_sq_weights = METHODS[self.method](sq_norms * left_in, weights)
         big_sq_norm = big_sq_norm * left_in
-        return StepNorms(
+        norms = StepNorms(
             big_sq_norm=big_sq_norm,
-            parts_sq_norm={self.method: parts_sq_norm},
+            parts_sq_norm=parts_sq_norm,
             sum_sq_weights=sum_sq_weights,
             examples=sum(batches),
             tokens=tokens,
@@ -349,6 +350,7 @@ class Microbatch:
             missing=missing,
             norm_fraction=float(big_sq_norm.sum() / whole) if whole > 0 else None,
         )
+        return {self.method: norms}
 
     def _why(
         self, name: str, p: nn.Parameter, big: Mapping[str, float], gap: float | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gnsmon.collectors.backward import Backwards, exactly
+from gnsmon.collectors.groups import is_norm
 from gnsmon.collectors.step import (
     HALF_TOLERANCE,
     NO_TAP,
@@ -19,6 +20,7 @@ from gnsmon.collectors.step import (
     TF32_TOLERANCE,
     TOLERANCE,
     UNUSED,
+    Measured,
     Skipped,
     StepNorms,
     check_weights,
@@ -29,12 +31,14 @@ from gnsmon.collectors.step import (
 from gnsmon.estimators.values import Array
 from gnsmon.norms.contractions import wide
 from gnsmon.norms.forms import Form
-from gnsmon.norms.taps import ABSENT, LayerTap, SqNorms, Taps
+from gnsmon.norms.sketch import SUBSPACE
+from gnsmon.norms.taps import ABSENT, LayerTap, Taps
+from gnsmon.norms.ways import WAYS
 
-METHODS: dict[str, SqNorms] = {
-    "pepgns": lambda form: form.sq_norms(),
-    "sogns": lambda form: form.sogns_sq_norms(),
-}
+# method -> the way in which it takes norms; that of `norm_layers` is asked of these alone
+METHODS = {"pepgns": "exact", "sogns": "sogns", "sketch": "sketch", "norm_layers": "exact"}
+NOT_A_NORM = "it belongs to no normalisation layer, and method 'norm_layers' measures these alone"
+EXACT = "exact"  # in place of a method: what an approximate one is calibrated by
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class PerExample:
     parameter's gradients must be that of `.grad`. It shows what no rule can see: a weight used by a
     function call, a penalty on the weights, gradients that were clamped or never cleared.
 
-    Args: see `Taps`; `methods` are any of `METHODS`.
+    Args: see `Taps`; `methods` are any of `METHODS`; with `calibrated`, `arm` may ask for exact
+    norms beside them.
     """
 
     def __init__(
@@ -67,13 +72,31 @@ class PerExample:
         model: nn.Module,
         methods: Sequence[str],
         *,
+        calibrated: bool = False,
         batch_dim: int = 0,
         weigh: Callable[..., Tensor] | None = None,
         strict: bool = False,
+        subspace: int = SUBSPACE,
+        probes: int = 1,
     ):
-        self.model, self.strict = model, strict
-        chosen = {name: METHODS[name] for name in methods}
-        self.taps = Taps(model, chosen, batch_dim=batch_dim, weigh=weigh, strict=strict)
+        self.model, self.methods, self.strict = model, tuple(methods), strict
+        ways = {METHODS[method] for method in methods} | ({"exact"} if calibrated else set())
+        self.taps = Taps(
+            model,
+            [way for way in WAYS if way in ways],
+            batch_dim=batch_dim,
+            weigh=weigh,
+            strict=strict,
+            subspace=subspace,
+            probes=probes,
+        )
+        if "norm_layers" in methods and not self._in_norms():
+            self.taps.remove()
+            raise ValueError(
+                "method 'norm_layers': the model has no normalisation layer with parameters that "
+                "could be measured; use method='sketch' or 'pepgns'"
+            )
+        self._exact = False  # whether the present step is measured exactly too
         self.taps.ready(self._fired)
         self.names = [name for name, _ in model.named_parameters()]
         self.gaps: dict[str, float] = {}  # parameter -> relative error at the last measurement
@@ -86,17 +109,39 @@ class PerExample:
         )
         self._clear()
 
-    def arm(self, measure: bool) -> None:
-        """Measure the next step, or let it pass; takes effect at the next forward of the model."""
-        self.taps.want(measure)
+    def arm(self, measure: bool, *, exact: bool = False) -> None:
+        """Measure the next step, or let it pass; takes effect at the next forward of the model.
 
-    def close(self) -> StepNorms | Skipped | None:
+        With `exact`, `close` gives exact norms too, under the name `EXACT`.
+        """
+        self._exact = exact
+        everywhere = {METHODS[m] for m in self.methods if m != "norm_layers"}
+        everywhere |= {"exact"} if exact else set()
+        norms = everywhere | {METHODS[m] for m in self.methods}
+        # In the order of the probe, for a compiled graph must find them alike.
+        chosen = {
+            is_norm: tuple(way for way in self.taps.ways if way in asked)
+            for is_norm, asked in ((True, norms), (False, everywhere))
+        }
+        self.taps.want(measure, lambda tap: chosen[is_norm(tap.module)])
+
+    def close(self) -> Measured | Skipped | None:
         """The step's norms, read after its optimizer step; None when it was not to be measured."""
         try:
             with exactly(self.model):
-                return self._close() if self.taps.wanted else None
+                found = self._close() if self.taps.wanted else None
+                if isinstance(found, dict) and "sketch" in found:
+                    self._track(found["sketch"].missing)
+                return found
         finally:
             self._clear()
+
+    def _track(self, missing: Mapping[str, str]) -> None:
+        """Turn the sketches' subspaces towards this step's gradient, whatever its scale by now."""
+        for name, sketch in self.taps.sketches.items():
+            grad = self.model.get_parameter(name).grad
+            if name not in missing and grad is not None:
+                sketch.track(grad.to_dense() if grad.is_sparse else grad)
 
     @property
     def pending(self) -> bool:
@@ -190,13 +235,19 @@ class PerExample:
         uses = self._passes[-1].uses if self._passes else []
         for name in sorted({name for use in uses for name in use}):
             form = reduce(add, (use[name] for use in uses if name in use))
-            pieces = [norms(form).sum().reshape(1) for norms in self.taps.methods.values()]
+            asked = {way for tap in self._taps_of[name] for way in tap.ways}
+            pieces = [
+                WAYS[way].sums(form, self.taps.sketches.get(name))
+                if way in asked
+                else self.taps.directions[name].new_zeros(WAYS[way].width)
+                for way in self.taps.ways
+            ]
             pieces.append(form.sum_along(self.taps.directions[name]))
             joined = torch.cat([wide(piece) for piece in pieces])
             self._shared[name] = self._shared.get(name, 0) + joined
         uses.clear()
 
-    def _close(self) -> StepNorms | Skipped:
+    def _close(self) -> Measured | Skipped:
         taps = self.taps
         if taps.fault is not None:
             return Skipped("fault", taps.fault)
@@ -235,12 +286,12 @@ class PerExample:
 
     def _norms(
         self,
-        parts: dict[str, Array],  # [n_methods] each
+        parts: dict[str, Array],  # [slots] each
         big: dict[str, float],
         disproved: dict[str, str],
         examples: int,
         weights: dict[str, Array],
-    ) -> StepNorms | Skipped:
+    ) -> Measured | Skipped:
         trainable = [name for name, p in self.model.named_parameters() if p.requires_grad]
         missing = {
             name: why for name in trainable if (why := self._why(name, parts, big, disproved))
@@ -251,21 +302,21 @@ class PerExample:
             return Skipped("nothing measured", why)
         column = {name: i for i, name in enumerate(self.names)}
         big_sq_norm = np.zeros(len(self.names))
-        parts_sq_norm = np.zeros((len(self.taps.methods), len(self.names)))
+        slots = np.zeros((self.taps.slots, len(self.names)))
         for name in measured:
             big_sq_norm[column[name]] = big[name]
-            parts_sq_norm[:, column[name]] = parts[name]
-        whole = sum(big.values())
-        if not np.isfinite(parts_sq_norm).all():
+            slots[:, column[name]] = parts[name]
+        if not np.isfinite(slots).all():
             return Skipped("nonfinite", "an example's gradient has infinite or undefined values")
         sum_sq_weights, tokens = 1 / examples, known_sum([p.tokens for p in self._passes])
         if weights:
             total, squares, integral = weights["sums"]
             sum_sq_weights = float(squares / total**2)
             tokens = int(total) if integral else tokens
-        return StepNorms(
+        whole = sum(big.values())
+        every = StepNorms(
             big_sq_norm=big_sq_norm,
-            parts_sq_norm=dict(zip(self.taps.methods, parts_sq_norm, strict=True)),
+            parts_sq_norm=np.zeros_like(big_sq_norm),
             sum_sq_weights=sum_sq_weights,
             examples=examples,
             tokens=tokens,
@@ -274,6 +325,23 @@ class PerExample:
             missing=missing,
             norm_fraction=float(big_sq_norm.sum() / whole) if whole > 0 else None,
         )
+        ends = np.cumsum([WAYS[way].width for way in self.taps.ways])
+        by_way = dict(zip(self.taps.ways, np.split(slots, ends[:-1]), strict=True))
+        asked = {EXACT: "exact"} if self._exact else {}
+        found = {}
+        for method, way in (asked | {m: METHODS[m] for m in self.methods}).items():
+            sums, *variance = by_way[way]
+            found[method] = replace(
+                every, parts_sq_norm=sums, parts_variance=variance[0] if variance else None
+            )
+        if "norm_layers" in found:
+            found["norm_layers"] = found["norm_layers"].without(
+                dict.fromkeys(set(trainable) - self._in_norms(), NOT_A_NORM), self.names
+            )
+        return found
+
+    def _in_norms(self) -> set[str]:
+        return {name for tap in self.taps.layers if is_norm(tap.module) for name in tap.names}
 
     def _nothing_fired(self) -> Skipped:
         known = [*(tap.reason for tap in self.taps.layers), *self.taps.untapped.values()]
@@ -298,19 +366,18 @@ class PerExample:
     def _by_parameter(
         self, layers: dict[LayerTap, Array], shared: dict[str, Array]
     ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """The sums of squares [n_methods] and the proofs [rows] of every tapped parameter."""
-        methods = len(self.taps.methods)
-        parts = {name: vector[:methods] for name, vector in shared.items()}
-        proofs = {name: vector[methods:] for name, vector in shared.items()}
+        """What the ways give, [slots], and the proofs [rows] of every tapped parameter."""
+        slots = self.taps.slots
+        parts = {name: vector[:slots] for name, vector in shared.items()}
+        proofs = {name: vector[slots:] for name, vector in shared.items()}
         for tap, vector in layers.items():
             if tap.shared:
                 continue
-            end = 1 + methods * len(tap.owned)
-            statistics = vector[1:end].reshape(methods, -1)
+            end = 1 + slots * len(tap.owned)
+            parts |= zip(tap.names, vector[1:end].reshape(-1, slots), strict=True)
             ends = end + np.cumsum([tap.rows[own] for own in tap.owned])
-            for i, (name, stop) in enumerate(zip(tap.names, ends, strict=True)):
-                parts[name] = statistics[:, i]
-                proofs[name] = vector[stop - tap.rows[tap.owned[i]] : stop]
+            for (own, name), stop in zip(tap.pairs(), ends, strict=True):
+                proofs[name] = vector[stop - tap.rows[own] : stop]
         return parts, proofs
 
     def _disprove(
@@ -370,7 +437,7 @@ class PerExample:
                 "only under a transform such as vmap, or compiled with its batch axis lost"
                 + ("; without a rule, it is not replayed in a compiled model" * (tap.rule is None))
             )
-        if parts[name][0] == ABSENT:
+        if ABSENT in parts[name]:
             return f"the rule of {self._taps_of[name][0].path} gives it no gradient"
         return disproved.get(name)
 

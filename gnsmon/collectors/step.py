@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ class StepNorms:
     """
 
     big_sq_norm: Array  # [n_parameters]
-    parts_sq_norm: dict[str, Array]  # method -> [n_parameters]
+    parts_sq_norm: Array  # [n_parameters]
     sum_sq_weights: float
     examples: int
     tokens: int | None
@@ -33,6 +33,31 @@ class StepNorms:
     microbatches: int
     missing: dict[str, str]
     norm_fraction: float | None  # measured share of the whole gradient's squared norm
+    parts_variance: Array | None = None  # [n_parameters], of estimated `parts_sq_norm`
+
+    def unscaled(self, scale: float) -> StepNorms:
+        """The norms of a loss `scale` times smaller."""
+        variance = self.parts_variance
+        return replace(
+            self,
+            big_sq_norm=self.big_sq_norm / scale**2,
+            parts_sq_norm=self.parts_sq_norm / scale**2,
+            parts_variance=None if variance is None else variance / scale**4,
+        )
+
+    def without(self, reasons: Mapping[str, str], names: Sequence[str]) -> StepNorms:
+        """The same, less the parameters in `reasons`; `names` are those of the columns."""
+        kept = np.array([name not in reasons for name in names])
+        big, fraction = self.big_sq_norm * kept, self.norm_fraction
+        whole = self.big_sq_norm.sum()
+        return replace(
+            self,
+            big_sq_norm=big,
+            parts_sq_norm=self.parts_sq_norm * kept,
+            parts_variance=None if self.parts_variance is None else self.parts_variance * kept,
+            missing={**self.missing, **reasons},
+            norm_fraction=fraction * float(big.sum() / whole) if fraction and whole else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -42,6 +67,8 @@ class Skipped:
     reason: str  # short, to count by
     detail: str  # one sentence for a person
 
+
+Measured = dict[str, StepNorms]  # method -> its norms
 
 # Reasons to skip a step whose gradients another optimizer's step may have closed already.
 NO_TAP, NO_BACKWARD = "no tap fired", "no backward"

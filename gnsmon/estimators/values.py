@@ -47,6 +47,19 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class Approximation:
+    """How good an approximate source's norms are; None where that is not known."""
+
+    factor: (
+        float | None
+    )  # that corrects the source, from exact steps; None: a proxy of unknown bias
+    spread: float | None  # rms relative error at later exact steps
+    standard_error: float | None  # relative, of the parts (sketch), or of the factor
+    exact_steps: int
+    amplification: float | None  # 1 + b_simple / examples: what a relative error of q does to |G|²
+
+
+@dataclass(frozen=True)
 class Raw:
     """One step's own values, unsmoothed."""
 
@@ -69,6 +82,7 @@ class GroupReading:
     grad_sq_norm: float
     tr_sigma: float
     raw: Raw
+    approximation: Approximation | None = None  # None: the norms are exact
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,12 @@ class Reading:
     skipped: Mapping[str, int] = field(default_factory=dict)  # reason -> dropped measurements
     suggested_batch_size: int | None = None
     groups: Mapping[str, GroupReading] = field(default_factory=dict)
+    approximation: Approximation | None = None  # None: the norms are exact
+
+    @property
+    def proxy(self) -> bool:
+        """Whether the source is approximate and nothing says by how much."""
+        return self.approximation is not None and self.approximation.factor is None
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able dict, with the schema version of the log."""
@@ -104,9 +124,14 @@ class Reading:
     def from_json(cls, record: Mapping[str, Any]) -> Reading:
         """The reading that `to_json` wrote."""
         values = {k: v for k, v in record.items() if k not in ("schema", "kind", "wall")}
-        values["raw"] = Raw(**values["raw"])
-        values["groups"] = {
-            name: GroupReading(**{**group, "raw": Raw(**group["raw"])})
-            for name, group in values["groups"].items()
-        }
-        return cls(**values)
+        groups = {n: GroupReading(**_parsed(group)) for n, group in values["groups"].items()}
+        return cls(**{**_parsed(values), "groups": groups})
+
+
+def _parsed(values: dict[str, Any]) -> dict[str, Any]:
+    known = values.get("approximation")
+    return {
+        **values,
+        "raw": Raw(**values["raw"]),
+        "approximation": None if known is None else Approximation(**known),
+    }

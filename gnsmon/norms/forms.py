@@ -24,6 +24,11 @@ class Form(Protocol):
 
     shape: Shape  # of the parameter
 
+    @property
+    def batch(self) -> int:
+        """Number of examples."""
+        ...
+
     def __add__(self, other: Form) -> Joined:
         """The form of a parameter that is used twice: gradients add before they are squared."""
         return Joined((*_parts(self), *_parts(other)))
@@ -52,6 +57,17 @@ class Form(Protocol):
 
         `direction` is [prod(shape[1:])]; of a parameter with one axis or none it is [1].
         """
+        ...
+
+    def project(self, w: Tensor) -> Tensor:
+        """Each gradient, as a matrix [shape[0], n], times w: [B, shape[0], r], float32 or wider.
+
+        `w` is [n, r], or [B, n, r] with a matrix for each example; n = prod(shape[1:]).
+        """
+        ...
+
+    def project_back(self, f: Tensor) -> Tensor:
+        """Each gradient's transpose times f [B, shape[0], r]: [B, n, r], float32 or wider."""
         ...
 
     def regroup(self, batch: int) -> Form:
@@ -105,6 +121,10 @@ class Outer(Form):
         object.__setattr__(self, "right", right.to(dtype))
         object.__setattr__(self, "shape", shape)
 
+    @property
+    def batch(self) -> int:  # noqa: D102
+        return len(self.left)
+
     def sq_norms(self) -> Tensor:  # noqa: D102
         return contractions.outer_sq_norms(self.left, self.right)
 
@@ -122,6 +142,14 @@ class Outer(Form):
     def sum_along(self, direction: Tensor) -> Tensor:  # noqa: D102
         along = wide(self.right) @ wide(direction)
         return torch.einsum("bgtm,bgt->gm", wide(self.left), along).flatten()
+
+    def project(self, w: Tensor) -> Tensor:  # noqa: D102
+        along = wide(self.right) @ (w if w.ndim == 2 else w[:, None])
+        return (wide(self.left).mT @ along).flatten(1, 2)
+
+    def project_back(self, f: Tensor) -> Tensor:  # noqa: D102
+        along = wide(self.left) @ f.unflatten(1, (self.left.shape[1], -1))
+        return (wide(self.right).mT @ along).sum(1)
 
     def regroup(self, batch: int) -> Outer:  # noqa: D102
         left, right = (
@@ -157,6 +185,10 @@ class Rows(Form):
         object.__setattr__(self, "index", self.index.long())
         object.__setattr__(self, "shape", tuple(self.shape))
 
+    @property
+    def batch(self) -> int:  # noqa: D102
+        return len(self.index)
+
     def sq_norms(self) -> Tensor:  # noqa: D102
         return contractions.row_sq_norms(self.index, self.value)
 
@@ -171,6 +203,15 @@ class Rows(Form):
 
     def sum_along(self, direction: Tensor) -> Tensor:  # noqa: D102
         return _scattered(self.index, wide(self.value) @ wide(direction), self.shape[0])
+
+    def project(self, w: Tensor) -> Tensor:  # noqa: D102
+        along = wide(self.value) @ w
+        rows = along.new_zeros(len(along), self.shape[0], along.shape[2])
+        return rows.scatter_add(1, self.index[..., None].expand_as(along), along)
+
+    def project_back(self, f: Tensor) -> Tensor:  # noqa: D102
+        at = self.index[..., None].expand(-1, -1, f.shape[2])
+        return wide(self.value).mT @ f.gather(1, at)
 
     def regroup(self, batch: int) -> Rows:  # noqa: D102
         index, value = (_regrouped(t, batch).flatten(1, 2) for t in (self.index, self.value))
@@ -192,6 +233,10 @@ class Dense(Form):
     def shape(self) -> Shape:  # type: ignore[override]  # noqa: D102
         return tuple(self.grad.shape[1:])
 
+    @property
+    def batch(self) -> int:  # noqa: D102
+        return len(self.grad)
+
     def sq_norms(self) -> Tensor:  # noqa: D102
         return squares(self.grad[:, None].flatten(1), 1)
 
@@ -204,6 +249,15 @@ class Dense(Form):
 
     def sum_along(self, direction: Tensor) -> Tensor:  # noqa: D102
         return self.sum().reshape(-1, prod(self.shape[1:])) @ wide(direction)
+
+    def project(self, w: Tensor) -> Tensor:  # noqa: D102
+        return self._matrices() @ w
+
+    def project_back(self, f: Tensor) -> Tensor:  # noqa: D102
+        return self._matrices().mT @ f
+
+    def _matrices(self) -> Tensor:  # [B, shape[0], n]
+        return wide(self.grad).reshape(len(self.grad), -1, prod(self.shape[1:]))
 
     def regroup(self, batch: int) -> Dense:  # noqa: D102
         return Dense(wide(_regrouped(self.grad, batch)).sum(1))
@@ -229,6 +283,10 @@ class Joined(Form):
     def shape(self) -> Shape:  # type: ignore[override]  # noqa: D102
         return self.parts[0].shape
 
+    @property
+    def batch(self) -> int:  # noqa: D102
+        return self.parts[0].batch
+
     def sq_norms(self) -> Tensor:  # noqa: D102
         parts = _merged(self.parts)
         squared = [part.sq_norms() for part in parts]
@@ -244,6 +302,12 @@ class Joined(Form):
 
     def sum_along(self, direction: Tensor) -> Tensor:  # noqa: D102
         return sum(part.sum_along(direction) for part in self.parts)
+
+    def project(self, w: Tensor) -> Tensor:  # noqa: D102
+        return sum(part.project(w) for part in _merged(self.parts))
+
+    def project_back(self, f: Tensor) -> Tensor:  # noqa: D102
+        return sum(part.project_back(f) for part in _merged(self.parts))
 
     def regroup(self, batch: int) -> Joined:  # noqa: D102
         return Joined(tuple(part.regroup(batch) for part in self.parts))

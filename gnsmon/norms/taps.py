@@ -32,8 +32,9 @@ from gnsmon.norms.replay import (
     replay,
 )
 from gnsmon.norms.rules import coupling, find_rule, refusal
+from gnsmon.norms.sketch import SUBSPACE, Sketch
+from gnsmon.norms.ways import WAYS
 
-SqNorms = Callable[[Form], Tensor]  # form -> squared norms [B]
 ABSENT = float("-inf")  # in place of a sum of squares: the rule gave no gradient
 
 
@@ -70,9 +71,9 @@ class LayerTap:
 
     Without a rule, the layer is replayed.
 
-    The probe is one vector: the number of examples; for every method and each of the layer's
-    parameters the sum over examples of its squared norms, `ABSENT` where the rule gives none; and
-    each parameter's `Form.sum_along`, to be compared with `.grad`.
+    The probe is one vector: the number of examples; for each of the layer's parameters what each
+    of `Taps.ways` gives, `ABSENT` where the rule gives nothing; and each parameter's
+    `Form.sum_along`, to be compared with `.grad`.
     """
 
     def __init__(
@@ -85,6 +86,12 @@ class LayerTap:
         self.rows = {name: p.shape[0] if p.ndim else 1 for name, p in own.items()}
         # By the layer's own names: a name of the model's would compile each block anew.
         self.directions = {name: _signs(p, taps.generator) for name, p in own.items()}
+        self.sketches = {
+            name: taps.sketches[at]
+            for name, at in zip(own, self.names, strict=True)
+            if at in taps.sketches
+        }
+        self.ways: tuple[str, ...] = ()  # that the present step asks of this layer
         self.shared = False  # whether a parameter is used more than once
         # A layer of the user's, or cuDNN's LSTM, may save its own output; an alias would hide a
         # change in place.
@@ -95,7 +102,7 @@ class LayerTap:
         self._seen_apart = False  # the batch axis was once of another size than any other
         self._irregular = False  # its last rows had nothing to do with the batch
         p = next(iter(own.values()))
-        size = 1 + len(taps.methods) * len(own) + sum(self.rows.values())
+        size = 1 + taps.slots * len(own) + sum(self.rows.values())
         self.probe = torch.zeros(size, dtype=wider(p.dtype), device=p.device, requires_grad=True)
 
     def __call__(
@@ -107,7 +114,7 @@ class LayerTap:
         # What is saved inside a checkpoint must be the same when it is computed again, whatever
         # has become known or been switched in between: there a tap is always set.
         always = _in_checkpoint()
-        if not (always or self.taps.wanted or self.taps.active):
+        if not (always or self.ways and (self.taps.wanted or self.taps.active)):
             return None
         if not any(p.requires_grad for p in module.parameters(recurse=self.rule is None)):
             return None
@@ -125,7 +132,7 @@ class LayerTap:
             except ValueError as error:
                 self._leave_out(str(error))
                 return None
-        layout = self.taps.guarded(self._layout, x, y)
+        layout = self.taps.guarded(self._layout, x, y) if self.ways else None
         if layout is None and not always:
             return None
         if layout is not None and call is not None:
@@ -320,12 +327,16 @@ class LayerTap:
             uses = {name: forms[own] for own, name in self.pairs() if own in forms}
             self.taps.deferred.append((torch._C._current_graph_task_id(), uses))
         like = self.probe
-        absent = like.new_full((1,), 0.0 if self.shared else ABSENT)
         mine = {} if self.shared else forms
         pieces = [like.new_full((1,), float(layout.batch))]
-        for sq_norms in self.taps.methods.values():
-            for own in self.owned:
-                pieces.append(sq_norms(mine[own]).sum().reshape(1) if own in mine else absent)
+        for own in self.owned:
+            for name in self.taps.ways:
+                way, asked = WAYS[name], name in self.ways
+                if asked and own in mine:
+                    pieces.append(way.sums(mine[own], self.sketches.get(own)))
+                else:
+                    absent = ABSENT if asked and not self.shared else 0.0
+                    pieces.append(like.new_full((way.width,), absent))
         for own in self.owned:
             along = mine[own].sum_along(self.directions[own]) if own in mine else None
             pieces.append(like.new_zeros(self.rows[own]) if along is None else along)
@@ -338,22 +349,26 @@ class Taps:
     Args:
         model: its layers with a rule are tapped; nothing is kept on it but hooks, which `remove`
             takes away.
-        methods: name -> squared norms of a form.
+        ways: of `WAYS`, those that a step may ask for.
         batch_dim: axis of the examples in the input and output of every layer.
         weigh: gives the weights [B] of the examples from the arguments of the model's forward.
         strict: raise what goes wrong instead of leaving the layer out.
+        subspace, probes: see `Sketch`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        methods: Mapping[str, SqNorms],
+        ways: Sequence[str],
         *,
         batch_dim: int = 0,
         weigh: Callable[..., Tensor] | None = None,
         strict: bool = False,
+        subspace: int = SUBSPACE,
+        probes: int = 1,
     ):
-        self.model, self.methods, self.batch_dim = model, methods, batch_dim
+        self.model, self.ways, self.batch_dim = model, tuple(ways), batch_dim
+        self.slots = sum(WAYS[way].width for way in ways)
         self.weigh, self.strict = weigh, strict
         if lazy := [n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)]:
             raise ValueError(
@@ -362,6 +377,19 @@ class Taps:
             )
         self.canonical = {id(p): name for name, p in model.named_parameters()}
         self.generator = torch.Generator().manual_seed(0)  # training's stream stays untouched
+        self.sketches = {
+            name: Sketch(
+                tuple(p.shape),
+                wider(p.dtype),
+                p.device,
+                generator=self.generator,
+                subspace=subspace,
+                probes=probes,
+            )
+            for name, p in model.named_parameters()
+            if "sketch" in ways and p.ndim > 1
+        }
+        self._draws: dict[torch.device, torch.Generator] = {}
         self.untapped: dict[str, str] = {}  # parameter -> why no rule gives its gradient
         self.wanted = self.active = False
         self.rooted = True  # the model's own forward is called, not only its layers'
@@ -414,11 +442,21 @@ class Taps:
         for hook in self._hooks:
             hook.remove()
 
-    def want(self, measure: bool) -> None:
-        """Statistics from the next forward of the model on, or none."""
+    def want(self, measure: bool, ways: Callable[[LayerTap], tuple[str, ...]]) -> None:
+        """Statistics from the next forward of the model on, of each layer its `ways`, or none."""
         self.wanted = measure
         if not self.rooted:
             self.active = measure
+        for tap in self.layers:
+            tap.ways = ways(tap) if measure else ()
+        if any("sketch" in tap.ways for tap in self.layers):
+            for sketch in self.sketches.values():
+                sketch.draw(self._drawing(sketch.probes.device))
+
+    def _drawing(self, device: torch.device) -> torch.Generator:
+        if device not in self._draws:
+            self._draws[device] = torch.Generator(device).manual_seed(0)
+        return self._draws[device]
 
     def ready(self, fired: Callable[[Tensor], None]) -> None:
         """Have `fired` called whenever a probe receives its gradient."""

@@ -1,0 +1,199 @@
+"""What a method's reading is made of: a source, another for the rest, a calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from gnsmon.collectors import microbatch, per_example
+from gnsmon.collectors.combine import combined
+from gnsmon.collectors.step import Skipped, StepNorms
+from gnsmon.config import MonitorConfig
+from gnsmon.estimators.calibration import PartsCalibration, RatioCalibration, corrected
+from gnsmon.estimators.moments import moments
+from gnsmon.estimators.values import Approximation, Array, NormPair, Ratio
+
+PATIENCE = 3  # faults in a row after which a method is switched off
+Outcome = StepNorms | Skipped | None
+NO_EXAMPLES = ("coupled examples", "nothing measured")  # reasons why there are none to tell apart
+
+
+def sources(
+    model: nn.Module, config: MonitorConfig, weights: Callable[..., Tensor] | None
+) -> list[tuple[Any, list[str]]]:
+    """Collectors, each with its methods: one for all that share the taps, one for each other."""
+    options: dict[str, Any] = {
+        "batch_dim": config.batch_dim,
+        "weigh": weights,
+        "strict": config.strict,
+    }
+    wanted = list(dict.fromkeys(part for name in config.method for part in name.split("+")))
+    tapped = [name for name in wanted if name in per_example.METHODS]
+    found: dict[str, tuple[Any, list[str]]] = {
+        name: (microbatch.Microbatch(model, name, **options), [name])
+        for name in wanted
+        if name in microbatch.METHODS
+    }
+    if tapped:
+        collector = per_example.PerExample(
+            model,
+            tapped,
+            calibrated=config.calibrate_every is not None,
+            subspace=config.subspace,
+            probes=config.probes,
+            **options,
+        )
+        found[tapped[0]] = (collector, tapped)
+    return [found[name] for name in wanted if name in found]
+
+
+class Method:
+    """One of the monitor's methods: turns what the sources found into its own norms and ratio.
+
+    Args:
+        name: a source, or two with a plus between: the second for what the first leaves out.
+        names: of the parameters.
+        by_group: sums over parameters [n_parameters] as [n_groups], the total first.
+        level: of the interval.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        names: Sequence[str],
+        by_group: Callable[[Array], Array],
+        *,
+        level: float,
+    ):
+        self.name, self._names, self._by_group, self._level = name, names, by_group, level
+        self.first, _, self.rest = name.partition("+")
+        self.last: StepNorms | None = None
+        self.last_step: int | None = None
+        self.faults = 0  # in a row
+        self._factors: list[Any] = []  # of the groups, in the present step
+        self._parts = PartsCalibration(len(names), by_group) if self.first == "sogns" else None
+        self._ratio = RatioCalibration() if self.first == "norm_layers" else None
+
+    @property
+    def off(self) -> bool:
+        """Whether it failed too often."""
+        return self.faults >= PATIENCE
+
+    def norms(self, found: Mapping[str, Outcome]) -> Outcome:
+        """This method's norms of the step; calibrated, where the step was measured exactly too."""
+        first, exact = found[self.first], found.get(per_example.EXACT)
+        if isinstance(first, StepNorms) and isinstance(exact, StepNorms):
+            self._calibrate(first, exact)
+        if isinstance(first, StepNorms) and self._parts is not None and self._parts.steps:
+            own = first.parts_sq_norm
+            first = replace(first, parts_sq_norm=own * self._parts.factors)
+            sums = self._by_group(first.parts_sq_norm), self._by_group(own)
+            self._factors = _divided(*sums)
+        rest = found[self.rest] if self.rest else None
+        if isinstance(first, Skipped) and first.reason in NO_EXAMPLES:
+            return rest or first
+        if isinstance(first, StepNorms) and isinstance(rest, StepNorms):
+            return combined(first, rest, self._names)
+        return rest if isinstance(rest, Skipped) else first
+
+    def _calibrate(self, own: StepNorms, exact: StepNorms) -> None:
+        if self._parts is not None:
+            self._parts.update(own.parts_sq_norm, exact.parts_sq_norm)
+        if self._ratio is not None:
+            self._ratio.update(_total(own), _total(exact))
+
+    def pair(self, norms: StepNorms) -> NormPair:
+        """The norms by group."""
+        return NormPair(
+            self._by_group(norms.big_sq_norm),
+            self._by_group(norms.parts_sq_norm),
+            norms.sum_sq_weights,
+            norms.examples,
+        )
+
+    def ratios(self, found: Sequence[Ratio], examples: int) -> list[Ratio]:
+        """The estimators' ratios of all groups, corrected, with what the correction is off by.
+
+        An error of the parts' norms moves b_simple by 1 + b_simple / B times itself.
+        """
+        if self._ratio is not None and self._ratio.factor is not None:
+            error = self._ratio.standard_error or 0.0
+            total = corrected(found[0], self._ratio.factor, error, level=self._level)
+            return [total, *found[1:]]
+        errors = None if self._parts is None else self._parts.standard_error
+        if errors is None:
+            return list(found)
+        amplified = [
+            error * (1 + (ratio.b_simple or ratio.low or 0.0) / examples)
+            for ratio, error in zip(found, errors, strict=True)
+        ]
+        return [
+            corrected(ratio, 1.0, error, level=self._level)
+            for ratio, error in zip(found, amplified, strict=True)
+        ]
+
+    def approximations(
+        self, norms: StepNorms, ratios: Sequence[Ratio]
+    ) -> list[Approximation | None]:
+        """How good the norms are, of every group; None where they are exact."""
+        if self.first not in ("sogns", "norm_layers", "sketch"):
+            return [None] * len(ratios)
+        n = len(ratios)
+        factor, spread, error = ([None] * n for _ in range(3))
+        steps = 0
+        if self._parts is not None and (steps := self._parts.steps):
+            factor = self._factors
+            spread = _listed(self._parts.spread, n)
+            error = _listed(self._parts.standard_error, n)
+        elif self._ratio is not None:
+            steps = self._ratio.steps
+            factor[0], error[0] = self._ratio.factor, self._ratio.standard_error
+            factor[1:] = [1.0] * (n - 1)
+        elif norms.parts_variance is not None:
+            parts = self._by_group(norms.parts_sq_norm)
+            error = _divided(np.sqrt(self._by_group(norms.parts_variance)), parts)
+            factor = [1.0] * n
+        return [
+            Approximation(
+                factor=factor[i],
+                spread=spread[i],
+                standard_error=error[i],
+                exact_steps=steps,
+                amplification=None if r.b_simple is None else 1 + r.b_simple / norms.examples,
+            )
+            for i, r in enumerate(ratios)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The calibration and the last measured step, JSON-able."""
+        calibration = self._parts or self._ratio
+        return {
+            "last_step": self.last_step,
+            "calibration": calibration.state_dict() if calibration is not None else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.last_step = state["last_step"]
+        calibration = self._parts or self._ratio
+        if calibration is not None and state["calibration"] is not None:
+            calibration.load_state_dict(state["calibration"])
+
+
+def _total(norms: StepNorms) -> tuple[float, float]:
+    """(S, |G|²) of all the parameters in `norms`."""
+    big, parts = norms.big_sq_norm.sum(keepdims=True), norms.parts_sq_norm.sum(keepdims=True)
+    found = moments(NormPair(big, parts, norms.sum_sq_weights, norms.examples))
+    return float(found.tr_sigma[0]), float(found.grad_sq_norm[0])
+
+
+def _divided(a: Array, b: Array) -> list[Any]:
+    return [float(x / y) if y > 0 else None for x, y in zip(a, b, strict=True)]
+
+
+def _listed(values: Array | None, n: int) -> list[Any]:
+    return [None] * n if values is None else values.tolist()

@@ -1,0 +1,93 @@
+"""The deflated sketch: unbiased squared norms of factored gradients in time linear in positions."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from gnsmon.norms.forms import Form, Joined, Outer, Shape
+
+SUBSPACE = 8  # directions in which the norm is exact
+DRAWS = 16  # probes that differ: example b has that of number b % DRAWS
+
+
+class Sketch:
+    """The random probes and the subspace of one parameter, a matrix of `shape[0]` rows.
+
+    For a probe v of random signs, E v v' = 1, so E |M v|² = |M|² for any gradient M. Alone it is
+    noisy, for gradients have few directions; so the norm is exact on a subspace Q of the columns,
+    |M|² = |M Q|² + |M (1 - Q Q')|², and only the rest is sketched. That is unbiased for any Q that
+    is chosen without knowledge of v, even from the very gradients that are sketched.
+
+    Args:
+        shape: of the parameter, n numbers behind the first axis.
+        dtype: float32 or float64.
+        device: where its gradients are.
+        generator: for the subspace to begin with.
+        subspace: dimensions of Q.
+        probes: of each example.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        generator: torch.Generator,
+        subspace: int = SUBSPACE,
+        probes: int = 1,
+    ):
+        n = prod(shape[1:])
+        self.columns = min(subspace, n, shape[0])
+        start = torch.randn(n, self.columns, dtype=dtype, generator=generator)
+        self.subspace = torch.linalg.qr(start)[0].to(device)
+        self.probes = torch.ones(DRAWS, n, probes, dtype=dtype, device=device)
+        # Multiply-adds per position, row and column: see `sq_norms`.
+        self.passes = 3 * self.columns + 2 * probes
+
+    def draw(self, generator: torch.Generator) -> None:
+        """New probes, in place, for what a compiled graph has taken in must stay where it is."""
+        self.probes.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+
+    def track(self, grad: Tensor) -> None:
+        """Turn the subspace towards the gradient's, by one subspace iteration."""
+        matrix = grad.reshape(-1, len(self.subspace)).to(self.subspace.dtype)
+        rows = torch.linalg.qr(matrix @ self.subspace)[0]
+        self.subspace.copy_(torch.linalg.qr(matrix.mT @ rows)[0])
+
+    def pays(self, form: Form) -> bool:
+        """Whether the sketch of `form` takes fewer operations than its exact norms."""
+        if isinstance(form, Joined):
+            return any(self.pays(part) for part in form.parts)
+        if not isinstance(form, Outer) or form.left.shape[2] == 1:
+            return False
+        positions, m, n = form.left.shape[2], form.left.shape[3], form.right.shape[3]
+        return self.passes * (m + n) < min(m * n, positions * (m + n))
+
+    def sq_norms(self, form: Form, *, refine: bool = True) -> tuple[Tensor, Tensor]:
+        """Estimates [B] of each example's squared norm, and the variance of their sum.
+
+        `refine` turns the subspace further towards these gradients, by one iteration of its own.
+        The variance is itself estimated, from the same probes: that of v' C v is
+        2 (|C|² - sum C_ii²), and E |C v|² = |C|². The diagonal is neglected, so that it is a little
+        too large. Without need of a sketch the norms are exact.
+        """
+        if not self.pays(form):
+            exact = form.sq_norms()
+            return exact, exact.new_zeros(())
+        basis = self.subspace
+        if refine:
+            basis = torch.linalg.qr(form.project_back(form.project(basis)).sum(0))[0]
+        mine = torch.arange(form.batch, device=basis.device) % DRAWS
+        rest = (self.probes - basis @ (basis.mT @ self.probes))[mine]  # [B, n, p]
+        both = form.project(torch.cat([basis.expand(form.batch, -1, -1), rest], 2))
+        known, drawn = both.split([self.columns, rest.shape[2]], 2)
+        estimates = known.square().sum((1, 2)) + drawn.square().sum(1).mean(1)
+        curved = form.project_back(drawn)
+        curved = curved - basis @ (basis.mT @ curved)
+        # Examples that share a probe err together.
+        together = torch.zeros_like(self.probes).index_add(0, mine, curved)
+        return estimates, 2 * together.square().sum() / rest.shape[2] ** 2

@@ -1,0 +1,38 @@
+"""The ways to take squared norms of per-example gradients: exact, SOGNS, sketch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gnsmon.norms.forms import Form
+from gnsmon.norms.sketch import Sketch
+
+
+class Way(NamedTuple):
+    """How a form's squared norms are taken, summed over the examples."""
+
+    width: int
+    sums: Callable[[Form, Sketch | None], Tensor]  # [width]: the sum and, of two, its variance
+
+
+def _exact(form: Form, sketch: Sketch | None) -> Tensor:
+    return form.sq_norms().sum().reshape(1)
+
+
+def _sogns(form: Form, sketch: Sketch | None) -> Tensor:
+    return form.sogns_sq_norms().sum().reshape(1)
+
+
+def _sketch(form: Form, sketch: Sketch | None) -> Tensor:
+    if sketch is None:  # a parameter too small for one
+        exact = _exact(form, None)
+        return torch.cat([exact, torch.zeros_like(exact)])
+    estimates, variance = sketch.sq_norms(form)
+    return torch.stack([estimates.sum(), variance])
+
+
+WAYS = {"exact": Way(1, _exact), "sogns": Way(1, _sogns), "sketch": Way(2, _sketch)}
