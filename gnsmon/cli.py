@@ -134,12 +134,13 @@ def check(
             show_default=False,
         ),
     ],
+    method: Annotated[str, typer.Option(help="The source of per-example norms.")] = "pepgns",
 ) -> None:
-    """Prove the per-example norms on a model: exit status 1 if any is wrong."""
+    """Examine a model, its loss and its data: exit status 1 if something is wrong."""
     model, loss, batch = _factory(PROBLEMS.get(problem, problem))()
     from gnsmon.checking import check as prove
 
-    result = prove(model, loss, batch)
+    result = prove(model, loss, batch, method=method)
     Console().print(result)
     raise typer.Exit(0 if result.passed else 1)
 

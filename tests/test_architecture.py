@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "collectors": {"norms", "estimators"},
     "methods": {"collectors", "estimators", "config"},
     "monitor": {"collectors", "estimators", "sinks", "advice", "config", "methods"},
-    "checking": {"collectors", "norms"},
+    "checking": {"collectors", "estimators", "norms"},
 }
 WITHOUT_TORCH = {"estimators", "advice", "config", "sinks", "plots", "report"}
 

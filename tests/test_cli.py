@@ -86,31 +86,83 @@ def test_the_demos_models_pass_the_check(capsys, task):
     assert "passed" in capsys.readouterr().out
 
 
-WRONG = """
+EXAMINED = """
 import gnsmon
 import torch
+from torch import nn
 
-class Scale(torch.nn.Module):
+class Scale(nn.Module):
     def __init__(self):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(3))
+        self.weight = nn.Parameter(torch.ones(3))
 
     def forward(self, x):
         return x * self.weight
 
-@gnsmon.rule(Scale)
-def scale(module, x, dy):
-    shares = dy * x
-    return {"weight": gnsmon.Dense(shares.mean(0).expand_as(shares))}  # the sum alone is right
+def loss(model, x):
+    return model(x).square().mean()
 
-def case():
-    return Scale(), lambda model, x: model(x).square().mean(), torch.randn(4, 3)
+x = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+
+def wrong():
+    @gnsmon.rule(Scale)
+    def scale(module, x, dy):
+        shares = dy * x
+        return {"weight": gnsmon.Dense(shares.mean(0).expand_as(shares))}  # the sum alone is right
+
+    return Scale(), loss, x
+
+def normalised():
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), loss, x
+
+def coupled():
+    return nn.Linear(3, 4), lambda model, x: model(x).softmax(0).square().mean(), x
+
+def uncovered():
+    class Shapeless(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.by, self.child = nn.Parameter(torch.ones(3)), nn.Linear(1, 1)
+
+        def forward(self, x):
+            return x * self.by
+
+    return Shapeless(), loss, x
+
+def dropped():
+    return nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2)), loss, x
+
+def alone():
+    return nn.Linear(3, 2), loss, x[:1]
 """
 
 
-def test_a_wrong_rule_found_beside_the_caller_ends_with_status_1(monkeypatch, capsys, tmp_path):
-    (tmp_path / "wrong.py").write_text(WRONG)
+@pytest.mark.parametrize(
+    ("factory", "options", "status", "message"),
+    [
+        ("wrong", [], 1, "FAILED: weight is off by"),
+        ("normalised", [], 1, "FAILED: BatchNorm in training mode"),
+        ("coupled", [], 1, "FAILED: the loss couples the examples"),
+        ("uncovered", [], 1, "FAILED: no parameter is covered"),
+        ("dropped", [], 0, "note: dropout. Dropout (0 p=0.5) makes"),
+        ("dropped", ["--method", "sogns"], 0, "sogns is off by +0.0% in the small norms"),
+        ("alone", [], 2, "expected at least two examples in the batch, got 1"),
+        ("dropped", ["--method", "best"], 2, "method: expected one of pepgns, sogns"),
+    ],
+)
+def test_the_check_ends_with_a_status(
+    monkeypatch, capsys, tmp_path, factory, options, status, message
+):
+    (tmp_path / "examined.py").write_text(EXAMINED)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    assert status_of("check", "wrong:case") == 1
-    assert "FAILED: weight" in capsys.readouterr().out
+    monkeypatch.delitem(sys.modules, "examined", raising=False)
+    assert status_of("check", f"examined:{factory}", *options) == status
+    assert message in " ".join("".join(capsys.readouterr()).split())
+
+
+def test_the_status_reaches_the_shell(tmp_path):
+    (tmp_path / "examined.py").write_text(EXAMINED)
+    code = "from gnsmon.cli import main; main(['check', 'examined:coupled'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 1, done.stderr

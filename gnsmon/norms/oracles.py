@@ -44,22 +44,30 @@ def per_example_sq_norms(
 
 
 def per_example_gradients(
-    model: nn.Module, loss: Loss, batch: Any, *, parameters: Collection[str] | None = None
+    model: nn.Module,
+    loss: Loss,
+    batch: Any,
+    *,
+    parameters: Collection[str] | None = None,
+    seed: int | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """One example after the other, its gradient: parameter name -> tensor of its shape.
 
-    Arguments and errors as `per_example_sq_norms`. Every example sees the same random stream.
+    Arguments and errors as `per_example_sq_norms`. Every example sees the same random stream; with
+    a seed, example i that of `seed + i`.
     """
     chosen = _trainable(model, parameters)
-    sizes = {len(t) for t in _tensors(batch)}
+    sizes = {len(t) for t in named_tensors(batch).values()}
     if len(sizes) != 1:
         raise ValueError(
             "expected tensors with the examples on the first axis, all equally many; got first "
             f"axes of {sorted(sizes)}"
         )
     for i in range(sizes.pop()):
-        with _left_untouched(model):
-            grads = _gradients(loss(model, _example(batch, i)), chosen)
+        with left_untouched(model):
+            if seed is not None:
+                torch.manual_seed(seed + i)
+            grads = _gradients(loss(model, examples(batch, i, i + 1)), chosen)
         yield grads
 
 
@@ -114,7 +122,8 @@ def _trainable(model: nn.Module, names: Collection[str] | None) -> dict[str, Ten
 
 
 @contextmanager
-def _left_untouched(model: nn.Module) -> Iterator[None]:
+def left_untouched(model: nn.Module) -> Iterator[None]:
+    """Puts back the model's buffers and the random streams, of the CPU and of its devices."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
@@ -126,20 +135,30 @@ def _left_untouched(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(before)
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor) and batch.ndim:
-        yield batch
-    elif isinstance(batch, (Mapping, tuple, list)):
-        for item in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(item)
-
-
-def _example(batch: Any, i: int) -> Any:
-    if isinstance(batch, Tensor) and batch.ndim:
-        return batch[i : i + 1]
-    if isinstance(batch, Mapping):
-        return {key: _example(item, i) for key, item in batch.items()}
+def named_tensors(batch: Any, path: str = "") -> dict[str, Tensor]:
+    """The batch's tensors with a first axis, by their keys and places: `labels`, `0.mask`."""
+    if isinstance(batch, Tensor):
+        return {path: batch} if batch.ndim else {}
     if isinstance(batch, (tuple, list)):
-        items = [_example(item, i) for item in batch]
+        batch = dict(enumerate(batch))
+    found: dict[str, Tensor] = {}
+    for key, item in batch.items() if isinstance(batch, Mapping) else ():
+        found |= named_tensors(item, f"{path}.{key}" if path else str(key))
+    return found
+
+
+def examples(batch: Any, start: int, stop: int) -> Any:
+    """Examples of the batch, as a smaller batch."""
+    return map_tensors(lambda t: t[start:stop], batch)
+
+
+def map_tensors(fn: Callable[[Tensor], Any], batch: Any) -> Any:
+    """The batch with `fn` of each tensor that has a first axis in its place."""
+    if isinstance(batch, Tensor):
+        return fn(batch) if batch.ndim else batch
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(fn, item) for key, item in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        items = [map_tensors(fn, item) for item in batch]
         return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
     return batch
