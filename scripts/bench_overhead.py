@@ -83,6 +83,7 @@ def main(
         bare_of_two = training_step(make, None, 1, microbatches=2)
         variants = {
             "measured, pepgns": (training_step(make, "pepgns", 1), bare),
+            "measured, sketch": (training_step(make, "sketch", 1), bare),
             "measured, sogns": (training_step(make, "sogns", 1), bare),
             "measured, random_signs": (training_step(make, "random_signs", 1), bare),
             "measured, microbatch": (
@@ -91,6 +92,8 @@ def main(
             ),
             "unmeasured": (training_step(make, "pepgns", 10**9), bare),
         }
+        if make is text:  # the other model has no such layers
+            variants["measured, norm_layers"] = (training_step(make, "norm_layers", 1), bare)
         for step in (step for pair in variants.values() for step in pair):
             for _ in range(5):
                 step()
