@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
@@ -28,13 +29,19 @@ from gnsmon.collectors.step import (
 )
 from gnsmon.estimators.values import Array
 from gnsmon.norms.contractions import wide
-from gnsmon.norms.forms import Form
+from gnsmon.norms.forms import Form, inner
+from gnsmon.norms.links import Inner
 from gnsmon.norms.taps import ABSENT, LayerTap, SqNorms, Taps
 
 METHODS: dict[str, SqNorms] = {
     "pepgns": lambda form: form.sq_norms(),
     "sogns": lambda form: form.sogns_sq_norms(),
 }
+INNER: dict[str, Inner] = {"pepgns": inner}  # of methods that have cross terms between uses
+NOT_JOINED = (
+    "it is used more than once, and its uses in a compiled model cannot be joined: they are in "
+    "different graphs, inside an activation checkpoint, or of a rule of your own"
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,10 @@ class _Pass:
     batch: int
     tokens: int | None
     weights: Tensor | None
+    forwards: int  # since the last backward
     uses: list[dict[str, Form]] = field(default_factory=list)  # of shared parameters
+    joined: set[str] = field(default_factory=set)  # parameters whose uses were among these
+    compiled: dict[LayerTap, Tensor] = field(default_factory=dict)  # uses, links of each parameter
 
 
 class PerExample:
@@ -73,7 +83,10 @@ class PerExample:
     ):
         self.model, self.strict = model, strict
         chosen = {name: METHODS[name] for name in methods}
-        self.taps = Taps(model, chosen, batch_dim=batch_dim, weigh=weigh, strict=strict)
+        crossed = {name: INNER[name] for name in methods if name in INNER}
+        self.taps = Taps(
+            model, chosen, crossed=crossed, batch_dim=batch_dim, weigh=weigh, strict=strict
+        )
         self.taps.ready(self._fired)
         self.names = [name for name, _ in model.named_parameters()]
         self.gaps: dict[str, float] = {}  # parameter -> relative error at the last measurement
@@ -147,9 +160,12 @@ class PerExample:
         if len(fired) > 1:
             self._backwards.fault = self._backwards.fault or SEVERAL
         self._enter_pass(*min(fired, default=(None, taps.batch)))
+        compiled = self._passes[-1].compiled
         for tap in taps.layers:
             if tap.probe.grad is not None:
                 self._layers[tap] = self._layers.get(tap, 0) + tap.probe.grad
+                tail = tap.probe.grad[-1 - len(tap.owned) :]
+                compiled[tap] = compiled.get(tap, 0) + tail
                 tap.probe.grad = None
         self._passes[-1].uses.extend(use for task, use in taps.deferred if task in tasks)
         taps.deferred.clear()
@@ -176,7 +192,7 @@ class PerExample:
                 "weights", "the last forward, whose weights are known, is another"
             )
         tokens = None if later else taps.tokens
-        self._passes.append(_Pass(serial, batch, tokens, taps.weights))
+        self._passes.append(_Pass(serial, batch, tokens, taps.weights, taps.forwards))
         taps.end_pass()
 
     def _discard(self) -> None:
@@ -194,6 +210,7 @@ class PerExample:
             pieces.append(form.sum_along(self.taps.directions[name]))
             joined = torch.cat([wide(piece) for piece in pieces])
             self._shared[name] = self._shared.get(name, 0) + joined
+            self._passes[-1].joined.add(name)
         uses.clear()
 
     def _close(self) -> StepNorms | Skipped:
@@ -207,13 +224,26 @@ class PerExample:
         if not self._passes:
             return self._nothing_fired()
         self._settle()
-        layers, shared, big, along, weights = to_host(
-            self._layers, self._shared, self._big, self._along, self._weight_sums()
+        layers, shared, big, along, weights, *compiled = to_host(
+            self._layers,
+            self._shared,
+            self._big,
+            self._along,
+            self._weight_sums(),
+            *(p.compiled for p in self._passes),
         )
         if not np.isfinite(sum(a[0] for a in big.values())):
             return Skipped("nonfinite", "the gradient has infinite or undefined values")
         batches = [p.batch for p in self._passes]
-        counts = {tap: int(vector[0]) for tap, vector in layers.items() if not tap.shared}
+        apart = self._apart(compiled)
+        counts = {}
+        for tap, vector in layers.items():
+            uses = [tails[tap][0] if tap in tails else 0.0 for tails in compiled]
+            if tap.shared and not sum(uses):
+                continue
+            extra = sum(max(n - 1, 0) * b for n, b in zip(uses, batches, strict=True))
+            again = any(apart.get(name) == NOT_JOINED for name in tap.names)
+            counts[tap] = int(vector[0] - (0 if again else extra))
         if counts and min(counts.values()) > sum(batches):
             return SEVERAL
         whole = sum(batches)
@@ -224,11 +254,11 @@ class PerExample:
                     f"{tap.path}: it saw {count} examples of {whole}; it is called several "
                     "times in one forward, or its batch is not the model's"
                 )
-        parts, proofs = self._by_parameter(layers, shared)
+        parts, proofs = self._by_parameter({tap: layers[tap] for tap in counts}, shared)
         return self._norms(
             parts,
             {name: a[0] for name, a in big.items()},
-            self._disprove(proofs, along, big),
+            self._disprove(proofs, along, big) | apart,
             whole,
             weights,
         )
@@ -295,6 +325,31 @@ class PerExample:
         sums = [weights.sum(), weights.square().sum(), weights.new_tensor(float(integral))]
         return {"sums": torch.stack(sums)}
 
+    def _apart(self, compiled: Sequence[Mapping[LayerTap, Array]]) -> dict[str, str]:
+        """Parameters with compiled uses of which two were not linked: no proof would show it."""
+        apart: dict[str, str] = {}
+        for p, tails in zip(self._passes, compiled, strict=True):
+            uses, linked = Counter(), Counter()
+            for tap, (calls, *links) in tails.items():
+                for name, received in zip(tap.names, links, strict=True):
+                    uses[name] += int(calls)
+                    linked[name] += int(received)
+            for name, k in uses.items():
+                if linked[name] != k * (k - 1) // 2 or (k and name in p.joined):
+                    again = p.forwards == 1 and k > self.taps.uses[name]
+                    apart[name] = self._called_again(name, k) if again else NOT_JOINED
+        return apart
+
+    def _called_again(self, name: str, uses: int) -> str:
+        """Have a parameter's uses linked that were more than its layers are."""
+        self.taps.uses[name] = uses
+        for tap in self._taps_of[name]:
+            tap.shared = True
+        return (
+            f"{self._taps_of[name][0].path}: used {uses} times in one compiled forward; joined "
+            "from the next step on"
+        )
+
     def _by_parameter(
         self, layers: dict[LayerTap, Array], shared: dict[str, Array]
     ) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -303,14 +358,13 @@ class PerExample:
         parts = {name: vector[:methods] for name, vector in shared.items()}
         proofs = {name: vector[methods:] for name, vector in shared.items()}
         for tap, vector in layers.items():
-            if tap.shared:
-                continue
             end = 1 + methods * len(tap.owned)
             statistics = vector[1:end].reshape(methods, -1)
             ends = end + np.cumsum([tap.rows[own] for own in tap.owned])
             for i, (name, stop) in enumerate(zip(tap.names, ends, strict=True)):
-                parts[name] = statistics[:, i]
-                proofs[name] = vector[stop - tap.rows[tap.owned[i]] : stop]
+                proof = vector[stop - tap.rows[tap.owned[i]] : stop]
+                parts[name] = parts.get(name, 0) + statistics[:, i]
+                proofs[name] = proofs.get(name, 0) + proof
         return parts, proofs
 
     def _disprove(
@@ -360,11 +414,6 @@ class PerExample:
             return UNUSED
         if name not in parts:
             tap = self._taps_of[name][0]
-            if tap.shared:
-                return (
-                    f"{tap.path}: its parameters are used more than once, and in a compiled model "
-                    "the uses cannot be joined"
-                )
             return (
                 f"{tap.path}: its parameters have a gradient, but its forward was not called, or "
                 "only under a transform such as vmap, or compiled with its batch axis lost"

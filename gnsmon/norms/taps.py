@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gnsmon.norms import links
 from gnsmon.norms.contractions import wider
 from gnsmon.norms.forms import Form
 from gnsmon.norms.inputs import Announce, Inert, in_backward, is_transformed, read_batch
@@ -71,8 +72,9 @@ class LayerTap:
     Without a rule, the layer is replayed.
 
     The probe is one vector: the number of examples; for every method and each of the layer's
-    parameters the sum over examples of its squared norms, `ABSENT` where the rule gives none; and
-    each parameter's `Form.sum_along`, to be compared with `.grad`.
+    parameters the sum over examples of its squared norms, `ABSENT` where the rule gives none;
+    each parameter's `Form.sum_along`, to be compared with `.grad`; and, as `links` tells them
+    apart, the number of compiled uses and for each parameter that of the links received.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class LayerTap:
         self._seen_apart = False  # the batch axis was once of another size than any other
         self._irregular = False  # its last rows had nothing to do with the batch
         p = next(iter(own.values()))
-        size = 1 + len(taps.methods) * len(own) + sum(self.rows.values())
+        size = 2 + (1 + len(taps.methods)) * len(own) + sum(self.rows.values())
         self.probe = torch.zeros(size, dtype=wider(p.dtype), device=p.device, requires_grad=True)
 
     def __call__(
@@ -130,7 +132,10 @@ class LayerTap:
             return None
         if layout is not None and call is not None:
             layout = replace(layout, call=call)
-        y = _Tap.apply(y, self.probe, self, layout, *x)
+        if layout is not None and links.possible(self):
+            y = links.tapped(self, y, layout, x)
+        else:
+            y = _Tap.apply(y, self.probe, self, layout, *x)
         return y if at is None else type(output)((*output[:at], y, *output[at + 1 :]))
 
     def _tapped(self, output: Any) -> tuple[int | None, Tensor | None]:
@@ -173,7 +178,7 @@ class LayerTap:
     def _compiled_rows(self, x: tuple[Tensor, ...], output: Tensor) -> Layout | None:
         """As `_rows`, from this call alone: what it remembered would be a guard of the graph."""
         taps = self.taps
-        if self.shared or output.ndim <= taps.batch_dim:
+        if output.ndim <= taps.batch_dim:
             return None
         if taps.square and not isinstance(self.module, BATCH_FIRST):
             return None
@@ -285,12 +290,15 @@ class LayerTap:
     def _statistics(self, x: Sequence[Tensor], dy: Tensor, layout: Layout) -> Tensor:
         if layout.call is not None:
             return self._replayed(layout.call, x, dy, layout)
+        return self._vector(self.forms(x, dy, layout), layout)
+
+    def forms(self, x: Sequence[Tensor], dy: Tensor, layout: Layout) -> dict[str, Form]:
+        """What the layer's rule gives, by the layer's own names."""
         assert self.rule is not None
         inputs = [layout.batch_first(t) if t.ndim else t for t in x]
-        forms = self.rule(
+        return self.rule(
             self.module, inputs[0] if len(inputs) == 1 else tuple(inputs), layout.batch_first(dy)
         )
-        return self._vector(forms, layout)
 
     def _replayed(self, call: Call, x: Sequence[Tensor], dy: Tensor, layout: Layout) -> Tensor:
         """The statistics, which are sums over the examples, of a few examples at a time."""
@@ -316,12 +324,14 @@ class LayerTap:
     def _vector(self, forms: Mapping[str, Form], layout: Layout) -> Tensor:
         if layout.rows_per_example > 1:
             forms = {name: form.regroup(layout.batch) for name, form in forms.items()}
-        if self.shared:
+        compiled = torch.compiler.is_compiling()
+        deferred = self.shared and not compiled
+        if deferred:
             uses = {name: forms[own] for own, name in self.pairs() if own in forms}
             self.taps.deferred.append((torch._C._current_graph_task_id(), uses))
         like = self.probe
-        absent = like.new_full((1,), 0.0 if self.shared else ABSENT)
-        mine = {} if self.shared else forms
+        absent = like.new_full((1,), 0.0 if deferred else ABSENT)
+        mine = {} if deferred else forms
         pieces = [like.new_full((1,), float(layout.batch))]
         for sq_norms in self.taps.methods.values():
             for own in self.owned:
@@ -329,6 +339,7 @@ class LayerTap:
         for own in self.owned:
             along = mine[own].sum_along(self.directions[own]) if own in mine else None
             pieces.append(like.new_zeros(self.rows[own]) if along is None else along)
+        pieces += [like.new_full((1,), float(compiled)), like.new_zeros(len(self.owned))]
         return torch.cat([piece.to(like.dtype) for piece in pieces])
 
 
@@ -339,6 +350,7 @@ class Taps:
         model: its layers with a rule are tapped; nothing is kept on it but hooks, which `remove`
             takes away.
         methods: name -> squared norms of a form.
+        crossed: of those whose squared norms have cross terms, name -> inner product of two forms.
         batch_dim: axis of the examples in the input and output of every layer.
         weigh: gives the weights [B] of the examples from the arguments of the model's forward.
         strict: raise what goes wrong instead of leaving the layer out.
@@ -349,12 +361,15 @@ class Taps:
         model: nn.Module,
         methods: Mapping[str, SqNorms],
         *,
+        crossed: Mapping[str, links.Inner],
         batch_dim: int = 0,
         weigh: Callable[..., Tensor] | None = None,
         strict: bool = False,
     ):
         self.model, self.methods, self.batch_dim = model, methods, batch_dim
         self.weigh, self.strict = weigh, strict
+        self.crossed = crossed
+        self.tracing = links.tracer(model)
         if lazy := [n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)]:
             raise ValueError(
                 f"{lazy[0]} has no shape yet: call the model once before attach, so that its lazy "
@@ -374,9 +389,9 @@ class Taps:
         self._bypassed: set[int] = set()  # layers whose parameters another's tap looks after
         for path, module in model.named_modules():
             self._tap(path, module)
-        uses = Counter(name for tap in self.layers for name in tap.names)
+        self.uses = Counter(name for tap in self.layers for name in tap.names)
         for tap in self.layers:
-            tap.shared = any(uses[name] > 1 for name in tap.names)
+            tap.shared = any(self.uses[name] > 1 for name in tap.names)
             for name in tap.names:
                 # Held by a module without a tap too, as a masked language model's head does; the
                 # proof against .grad shows whether that one uses it.
@@ -384,6 +399,8 @@ class Taps:
         self.directions = {
             name: tap.directions[own] for tap in self.layers for own, name in tap.pairs()
         }
+        for tap in self.layers:  # the uses of one parameter along one direction
+            tap.directions = {own: self.directions[name] for own, name in tap.pairs()}
         self.forwards = 0  # since the last backward
         self.serial = 0  # of the present forward, eager only
         self.square = False  # the batch is as large as another axis of the input
@@ -440,6 +457,7 @@ class Taps:
         """The batch has had its backward; the next forward begins another."""
         self.forwards = 0
         self.stale = True
+        self.links: dict[str, tuple[links.Use, ...]] = {}  # in the graph being compiled
         self.inputs: list[Tensor] = []
         self.weights: Tensor | None = None
 
@@ -458,6 +476,7 @@ class Taps:
         self.active, self.rooted = self.wanted, True
         if not self.wanted:
             return
+        self.links = {}
         found = read_batch(args, kwargs, self.batch_dim)
         self.inputs, self.tokens = found.carriers, found.tokens
         self._begin_pass(found.size)

@@ -1,0 +1,207 @@
+"""The uses of one parameter in one compiled graph, joined by gradients that run between taps.
+
+|F_u + F_w|^2 = |F_u|^2 + |F_w|^2 + 2 <F_u, F_w>, and the cross term is linear in dy_u, the gradient
+at the output of the use u. Backward comes to the later use w first. So the tap of u gives, beside
+the layer's output, a link: zeros of the output's shape. The tap of w takes it, and its backward
+returns as the link's gradient what dy_u is to be multiplied by,
+
+    P = d/d(dy_u) sum_b <F_u(dy_u)_b, F_w_b>,    sum_b <F_u, F_w>_b = <dy_u, P>,
+
+by differentiating the rule of u. Autograd adds up what several later uses return. A second link, a
+number whose gradient is one from each of them, counts: k uses of a parameter are joined if
+k (k - 1) / 2 of them have arrived, and else the parameter is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gnsmon.norms import rules
+from gnsmon.norms.contractions import wide, wider
+from gnsmon.norms.forms import Form
+from gnsmon.norms.layout import Layout
+
+if TYPE_CHECKING:
+    from gnsmon.norms.taps import LayerTap
+
+Inner = Callable[[Form, Form], Tensor]  # forms of two uses of one parameter -> [B]
+
+
+class Use(NamedTuple):
+    """A use of a parameter, as those that come later in the forward need it."""
+
+    tap: LayerTap
+    own: str  # the layer's name of the parameter
+    layout: Layout
+    x: tuple[Tensor, ...]
+    links: tuple[Tensor, ...]  # the count's and, for every method with cross terms, the payload's
+
+
+# Own name of the parameter; the earlier use's tap, own name of it, layout and number of inputs.
+_Earlier = tuple[str, "LayerTap", str, Layout, int]
+
+
+class _LinkedTap(torch.autograd.Function):
+    """As `taps._Tap`, compiled, of a layer whose parameters may have other uses in the graph.
+
+    It returns the layer's output and this use's links, parameter after parameter. `tensors` are the
+    layer's inputs, then links and inputs of every earlier use in `earlier`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        probe: Tensor,
+        tap: LayerTap,
+        layout: Layout,
+        given: tuple[str, ...],  # own names of the parameters that get links
+        earlier: tuple[_Earlier, ...],
+        inputs: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
+        ctx.tap, ctx.layout, ctx.given = tap, layout, given
+        ctx.earlier, ctx.inputs = earlier, inputs
+        zero = y.new_zeros((), dtype=wider(y.dtype))
+        links: list[Tensor] = []
+        for _ in given:
+            links.append(zero.clone())
+            links.extend(zero.expand(y.shape) for _ in tap.taps.crossed)
+        return (y.clone(), *links)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *received: Tensor) -> tuple[Tensor | None, ...]:
+        tap, layout = ctx.tap, ctx.layout
+        x, others = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
+        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+            forms = tap.forms(x, dy, layout)
+            statistics = tap._vector(forms, layout) + _crossed(tap, dy, ctx.given, received)
+            sent = _sent(tap, forms, ctx.earlier, others)
+        return dy, statistics, *(None,) * (5 + ctx.inputs), *sent
+
+
+def possible(tap: LayerTap) -> bool:
+    """Whether this call's parameters can be joined with their other uses.
+
+    Only in the graph of the model's own forward, around which hooks clear `Taps.links`. What a
+    checkpoint or another higher-order operator traces is a graph inside, from which nothing may be
+    changed outside. A rule of the user's may detach what it is given; no proof would show the
+    missing cross term.
+    """
+    taps = tap.taps
+    if not torch.compiler.is_compiling() or not taps.rooted or not taps.tracing():
+        return False
+    return tap.shared and tap.rule is not None and tap.rule.__module__ == rules.__name__
+
+
+def tapped(tap: LayerTap, y: Tensor, layout: Layout, x: tuple[Tensor, ...]) -> Tensor:
+    """The layer's output `y`; its use is linked with the earlier ones of its parameters."""
+    taps, tensors = tap.taps, list(x)
+    earlier: list[_Earlier] = []
+    awaited: list[tuple[str, str]] = []
+    for own, name in tap.pairs():
+        before = taps.links.get(name, ())
+        for use in before:
+            earlier.append((own, use.tap, use.own, use.layout, len(use.x)))
+            tensors += [*use.links, *use.x]
+        if len(before) + 1 < taps.uses[name]:
+            awaited.append((own, name))
+        elif before:  # what is kept when the forward ends would be an output of the graph
+            del taps.links[name]
+    given = tuple(own for own, _ in awaited)
+    y, *links = _LinkedTap.apply(y, tap.probe, tap, layout, given, tuple(earlier), len(x), *tensors)
+    each = 1 + len(taps.crossed)
+    for i, (own, name) in enumerate(awaited):
+        use = Use(tap, own, layout, x, tuple(links[i * each : (i + 1) * each]))
+        taps.links[name] = (*taps.links.get(name, ()), use)
+    return y
+
+
+def _crossed(
+    tap: LayerTap, dy: Tensor, given: tuple[str, ...], received: tuple[Tensor, ...]
+) -> Tensor:
+    """What the links add to the tap's vector: cross terms, and how many later uses sent them."""
+    like, each = tap.probe, 1 + len(tap.taps.crossed)
+    zero = like.new_zeros(1)
+    counts, crossed = {}, {}
+    for i, own in enumerate(given):
+        counts[own], *payloads = received[i * each : (i + 1) * each]
+        for method, payload in zip(tap.taps.crossed, payloads, strict=True):
+            crossed[method, own] = 2 * (wide(dy) * payload).sum()
+    pieces = [zero]
+    for method in tap.taps.methods:
+        for own in tap.owned:
+            pieces.append(crossed[method, own].reshape(1) if (method, own) in crossed else zero)
+    pieces.append(like.new_zeros(1 + sum(tap.rows.values())))
+    for own in tap.owned:
+        pieces.append(counts[own].reshape(1) if own in counts else zero)
+    return torch.cat([piece.to(like.dtype) for piece in pieces])
+
+
+def _sent(
+    tap: LayerTap,
+    forms: dict[str, Form],
+    earlier: tuple[_Earlier, ...],
+    tensors: tuple[Tensor, ...],
+) -> list[Tensor | None]:
+    """The gradients of the earlier uses' links, and none of their inputs."""
+    sent: list[Tensor | None] = []
+    at = 0
+    for own, first, own_first, layout, inputs in earlier:
+        count, *links = tensors[at : at + 1 + len(tap.taps.crossed)]
+        at += 1 + len(links) + inputs
+        x = tensors[at - inputs : at]
+        sent.append(torch.ones_like(count))
+        for link, inner in zip(links, tap.taps.crossed.values(), strict=True):
+            sent.append(_payload(first, own_first, x, layout, link, inner, forms[own]))
+        sent += [None] * inputs
+    return sent
+
+
+def _payload(
+    tap: LayerTap,
+    own: str,
+    x: tuple[Tensor, ...],
+    layout: Layout,
+    zeros: Tensor,
+    inner: Inner,
+    later: Form,
+) -> Tensor:
+    """P of the module's docstring, for the earlier use of `tap`; `zeros` are of its output's."""
+
+    def crossed(dy: Tensor) -> Tensor:
+        return inner(tap.forms(x, dy, layout)[own], later).sum()
+
+    return torch.func.grad(crossed)(zeros)
+
+
+def tracer(model: nn.Module) -> Callable[[], bool]:
+    """A function that tells, while a graph is traced, whether that is of the model's own forward.
+
+    False too inside a checkpoint's graph and in what follows a graph break. The compiler runs the
+    function where it comes to it and keeps the answer. What it looks at is private (torch 2.13).
+    """
+    codes, forward = [], getattr(model.forward, "__func__", model.forward)
+    while forward is not None:
+        codes.append(getattr(forward, "__code__", None))
+        forward = getattr(forward, "__wrapped__", None)
+
+    @torch._dynamo.assume_constant_result
+    def tracing() -> bool:
+        try:
+            from torch._dynamo.symbolic_convert import InstructionTranslator
+
+            frame = InstructionTranslator.current_tx()
+            outermost = frame.output.current_tracer.parent is None
+            while frame is not None and frame.f_code not in codes:
+                frame = frame.parent
+            return outermost and frame is not None
+        except Exception:
+            return False
+
+    return tracing
