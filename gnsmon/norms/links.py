@@ -14,7 +14,7 @@ k (k - 1) / 2 of them have arrived, and else the parameter is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -41,15 +41,23 @@ class Use(NamedTuple):
     links: tuple[Tensor, ...]  # the count's and, for every method with cross terms, the payload's
 
 
-# Own name of the parameter; the earlier use's tap, own name of it, layout and number of inputs.
-_Earlier = tuple[str, "LayerTap", str, Layout, int]
+class _Earlier(NamedTuple):
+    """An earlier use, its tensors given by their places among those of a later one."""
+
+    own: str  # the later layer's name of the parameter
+    tap: LayerTap
+    own_earlier: str
+    layout: Layout
+    x: tuple[int, ...]
+    links: tuple[int, ...]
 
 
 class _LinkedTap(torch.autograd.Function):
     """As `taps._Tap`, compiled, of a layer whose parameters may have other uses in the graph.
 
-    It returns the layer's output and this use's links, parameter after parameter. `tensors` are the
-    layer's inputs, then links and inputs of every earlier use in `earlier`.
+    It returns the layer's output and this use's links, parameter after parameter. `tensors` are
+    what this call (`x`, their places) and the earlier uses were given, and their links; the
+    compiler wants each but once.
     """
 
     @staticmethod
@@ -61,12 +69,12 @@ class _LinkedTap(torch.autograd.Function):
         layout: Layout,
         given: tuple[str, ...],  # own names of the parameters that get links
         earlier: tuple[_Earlier, ...],
-        inputs: int,
+        x: tuple[int, ...],
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*tensors)
         ctx.tap, ctx.layout, ctx.given = tap, layout, given
-        ctx.earlier, ctx.inputs = earlier, inputs
+        ctx.earlier, ctx.x = earlier, x
         zero = y.new_zeros((), dtype=wider(y.dtype))
         links: list[Tensor] = []
         for _ in given:
@@ -77,12 +85,12 @@ class _LinkedTap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *received: Tensor) -> tuple[Tensor | None, ...]:
         tap, layout = ctx.tap, ctx.layout
-        x, others = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
+        tensors = ctx.saved_tensors
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-            forms = tap.forms(x, dy, layout)
+            forms = tap.forms([tensors[i] for i in ctx.x], dy, layout)
             statistics = tap._vector(forms, layout) + _crossed(tap, dy, ctx.given, received)
-            sent = _sent(tap, forms, ctx.earlier, others)
-        return dy, statistics, *(None,) * (5 + ctx.inputs), *sent
+            sent = _sent(tap, forms, ctx.earlier, tensors)
+        return dy, statistics, *(None,) * 5, *sent
 
 
 def possible(tap: LayerTap) -> bool:
@@ -101,25 +109,37 @@ def possible(tap: LayerTap) -> bool:
 
 def tapped(tap: LayerTap, y: Tensor, layout: Layout, x: tuple[Tensor, ...]) -> Tensor:
     """The layer's output `y`; its use is linked with the earlier ones of its parameters."""
-    taps, tensors = tap.taps, list(x)
+    taps, tensors = tap.taps, []
+    inputs = _places(x, tensors)
     earlier: list[_Earlier] = []
     awaited: list[tuple[str, str]] = []
     for own, name in tap.pairs():
         before = taps.links.get(name, ())
         for use in before:
-            earlier.append((own, use.tap, use.own, use.layout, len(use.x)))
-            tensors += [*use.links, *use.x]
+            places = _places(use.x, tensors), _places(use.links, tensors)
+            earlier.append(_Earlier(own, use.tap, use.own, use.layout, *places))
         if len(before) + 1 < taps.uses[name]:
             awaited.append((own, name))
         elif before:  # what is kept when the forward ends would be an output of the graph
             del taps.links[name]
     given = tuple(own for own, _ in awaited)
-    y, *links = _LinkedTap.apply(y, tap.probe, tap, layout, given, tuple(earlier), len(x), *tensors)
+    y, *links = _LinkedTap.apply(y, tap.probe, tap, layout, given, tuple(earlier), inputs, *tensors)
     each = 1 + len(taps.crossed)
     for i, (own, name) in enumerate(awaited):
         use = Use(tap, own, layout, x, tuple(links[i * each : (i + 1) * each]))
         taps.links[name] = (*taps.links.get(name, ()), use)
     return y
+
+
+def _places(of: Sequence[Tensor], tensors: list[Tensor]) -> tuple[int, ...]:
+    """Where in `tensors` each one is; it is added if need be."""
+    places = []
+    for t in of:
+        known = [i for i, other in enumerate(tensors) if other is t]
+        places.append(known[0] if known else len(tensors))
+        if not known:
+            tensors.append(t)
+    return tuple(places)
 
 
 def _crossed(
@@ -149,33 +169,23 @@ def _sent(
     earlier: tuple[_Earlier, ...],
     tensors: tuple[Tensor, ...],
 ) -> list[Tensor | None]:
-    """The gradients of the earlier uses' links, and none of their inputs."""
-    sent: list[Tensor | None] = []
-    at = 0
-    for own, first, own_first, layout, inputs in earlier:
-        count, *links = tensors[at : at + 1 + len(tap.taps.crossed)]
-        at += 1 + len(links) + inputs
-        x = tensors[at - inputs : at]
-        sent.append(torch.ones_like(count))
-        for link, inner in zip(links, tap.taps.crossed.values(), strict=True):
-            sent.append(_payload(first, own_first, x, layout, link, inner, forms[own]))
-        sent += [None] * inputs
+    """The gradients of `tensors`: of the earlier uses' links."""
+    sent: list[Tensor | None] = [None] * len(tensors)
+    for use in earlier:
+        x, (count, *payloads) = [tensors[i] for i in use.x], use.links
+        sent[count] = torch.ones_like(tensors[count])
+        for i, inner in zip(payloads, tap.taps.crossed.values(), strict=True):
+            sent[i] = _payload(use, x, tensors[i], inner, forms[use.own])
     return sent
 
 
 def _payload(
-    tap: LayerTap,
-    own: str,
-    x: tuple[Tensor, ...],
-    layout: Layout,
-    zeros: Tensor,
-    inner: Inner,
-    later: Form,
+    use: _Earlier, x: Sequence[Tensor], zeros: Tensor, inner: Inner, later: Form
 ) -> Tensor:
-    """P of the module's docstring, for the earlier use of `tap`; `zeros` are of its output's."""
+    """P of the module's docstring; `zeros` are of the earlier use's output."""
 
     def crossed(dy: Tensor) -> Tensor:
-        return inner(tap.forms(x, dy, layout)[own], later).sum()
+        return inner(use.tap.forms(x, dy, use.layout)[use.own_earlier], later).sum()
 
     return torch.func.grad(crossed)(zeros)
 
@@ -196,8 +206,8 @@ def tracer(model: nn.Module) -> Callable[[], bool]:
         try:
             from torch._dynamo.symbolic_convert import InstructionTranslator
 
-            frame = InstructionTranslator.current_tx()
-            outermost = frame.output.current_tracer.parent is None
+            output = InstructionTranslator.current_tx().output
+            outermost, frame = output.current_tracer.parent is None, output.current_tx
             while frame is not None and frame.f_code not in codes:
                 frame = frame.parent
             return outermost and frame is not None
