@@ -300,6 +300,30 @@ def test_a_compiled_loss_calls_the_model():
     collector.remove()
 
 
+class Aside(nn.Module):
+    """A branch, with a layer before it, whose output is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.one, self.two = (nn.Linear(4, 4) for _ in range(3))
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        self.one(self.before(x))
+        return self.two(x).cumsum(1)
+
+
+def test_a_link_brings_no_gradient_to_the_model():
+    """Not even one of zeros, in place of none: an optimizer would decay the weight."""
+    model, batch = Aside().to(D), real(3, 5, 4)
+    with collecting(model) as step:
+        for _ in range(2):
+            norms = step(compile_whole(model), batch)
+            unused = {"before.weight", "before.bias", "one.bias"}
+            assert {n for n, p in model.named_parameters() if p.grad is None} == unused
+            assert_right(model, norms, batch, missing=unused)
+
+
 class Checkpointed(nn.Module):
     """A tied head outside of checkpointed blocks; these may share a weight."""
 

@@ -1,9 +1,9 @@
 """The uses of one parameter in one compiled graph, joined by gradients that run between taps.
 
 |F_u + F_w|^2 = |F_u|^2 + |F_w|^2 + 2 <F_u, F_w>, and the cross term is linear in dy_u, the gradient
-at the output of the use u. Backward comes to the later use w first. So the tap of u gives, beside
-the layer's output, a link: zeros of the output's shape. The tap of w takes it, and its backward
-returns as the link's gradient what dy_u is to be multiplied by,
+at the output of the use u. Backward comes to the later use w first. So u has a link: zeros of its
+output's shape. The tap of w takes it, and its backward returns as the link's gradient what dy_u is
+to be multiplied by,
 
     P = d/d(dy_u) sum_b <F_u(dy_u)_b, F_w_b>,    sum_b <F_u, F_w>_b = <dy_u, P>,
 
@@ -52,12 +52,39 @@ class _Earlier(NamedTuple):
     links: tuple[int, ...]
 
 
+class _Source(torch.autograd.Function):
+    """Gives the links of one use; its backward brings the probe the cross terms.
+
+    The first two outputs go to the use's own tap, which returns dy and a one for them. It is no
+    part of the tap, and `like` is detached: where the layer's output is not used, what comes back
+    from later uses must not reach the model, not even as a gradient of zeros in place of none.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, probe: Tensor, like: Tensor, tap: LayerTap, given: tuple[str, ...]
+    ) -> tuple[Tensor, ...]:
+        ctx.tap, ctx.given = tap, given
+        zero = like.new_zeros((), dtype=wider(like.dtype))
+        links: list[Tensor] = []
+        for _ in given:
+            links.append(zero.clone())
+            links.extend(zero.expand(like.shape) for _ in tap.taps.crossed)
+        return (zero.expand(like.shape), zero.clone(), *links)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dy: Tensor, fired: Tensor, *received: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+            return _crossed(ctx.tap, dy, fired, ctx.given, received), None, None, None
+
+
 class _LinkedTap(torch.autograd.Function):
     """As `taps._Tap`, compiled, of a layer whose parameters may have other uses in the graph.
 
-    It returns the layer's output and this use's links, parameter after parameter. `tensors` are
-    what this call (`x`, their places) and the earlier uses were given, and their links; the
-    compiler wants each but once.
+    `tensors` are what this call was given (`x`, their places), the two of its `_Source` if it has
+    one, and links and inputs of the earlier uses; the compiler wants each but once.
     """
 
     @staticmethod
@@ -67,36 +94,33 @@ class _LinkedTap(torch.autograd.Function):
         probe: Tensor,
         tap: LayerTap,
         layout: Layout,
-        given: tuple[str, ...],  # own names of the parameters that get links
-        earlier: tuple[_Earlier, ...],
         x: tuple[int, ...],
+        source: tuple[int, ...],
+        earlier: tuple[_Earlier, ...],
         *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor:
         ctx.save_for_backward(*tensors)
-        ctx.tap, ctx.layout, ctx.given = tap, layout, given
-        ctx.earlier, ctx.x = earlier, x
-        zero = y.new_zeros((), dtype=wider(y.dtype))
-        links: list[Tensor] = []
-        for _ in given:
-            links.append(zero.clone())
-            links.extend(zero.expand(y.shape) for _ in tap.taps.crossed)
-        return (y.clone(), *links)
+        ctx.tap, ctx.layout = tap, layout
+        ctx.x, ctx.source, ctx.earlier = x, source, earlier
+        return y.clone()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *received: Tensor) -> tuple[Tensor | None, ...]:
-        tap, layout = ctx.tap, ctx.layout
-        tensors = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        tap, layout, tensors = ctx.tap, ctx.layout, ctx.saved_tensors
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
             forms = tap.forms([tensors[i] for i in ctx.x], dy, layout)
-            statistics = tap._vector(forms, layout) + _crossed(tap, dy, ctx.given, received)
+            statistics = tap._vector(forms, layout)
             sent = _sent(tap, forms, ctx.earlier, tensors)
+            if ctx.source:
+                own_dy, fired = ctx.source
+                sent[own_dy], sent[fired] = wide(dy), torch.ones_like(tensors[fired])
         return dy, statistics, *(None,) * 5, *sent
 
 
 def possible(tap: LayerTap) -> bool:
     """Whether this call's parameters can be joined with their other uses.
 
-    Only in the graph of the model's own forward, around which hooks clear `Taps.links`. What a
+    Only in the graph of the model's own forward, before which a hook clears `Taps.links`. What a
     checkpoint or another higher-order operator traces is a graph inside, from which nothing may be
     changed outside. A rule of the user's may detach what it is given; no proof would show the
     missing cross term.
@@ -122,13 +146,17 @@ def tapped(tap: LayerTap, y: Tensor, layout: Layout, x: tuple[Tensor, ...]) -> T
             awaited.append((own, name))
         elif before:  # what is kept when the forward ends would be an output of the graph
             del taps.links[name]
-    given = tuple(own for own, _ in awaited)
-    y, *links = _LinkedTap.apply(y, tap.probe, tap, layout, given, tuple(earlier), inputs, *tensors)
-    each = 1 + len(taps.crossed)
-    for i, (own, name) in enumerate(awaited):
-        use = Use(tap, own, layout, x, tuple(links[i * each : (i + 1) * each]))
-        taps.links[name] = (*taps.links.get(name, ()), use)
-    return y
+    source: tuple[Tensor, ...] = ()
+    if awaited:
+        given = tuple(own for own, _ in awaited)
+        outputs = _Source.apply(tap.probe, y.detach(), tap, given)
+        source, links = outputs[:2], outputs[2:]
+        x, each = tuple(t.detach() for t in x), 1 + len(taps.crossed)
+        for i, (own, name) in enumerate(awaited):
+            use = Use(tap, own, layout, x, links[i * each : (i + 1) * each])
+            taps.links[name] = (*taps.links.get(name, ()), use)
+    places = _places(source, tensors)
+    return _LinkedTap.apply(y, tap.probe, tap, layout, inputs, places, tuple(earlier), *tensors)
 
 
 def _places(of: Sequence[Tensor], tensors: list[Tensor]) -> tuple[int, ...]:
@@ -143,16 +171,21 @@ def _places(of: Sequence[Tensor], tensors: list[Tensor]) -> tuple[int, ...]:
 
 
 def _crossed(
-    tap: LayerTap, dy: Tensor, given: tuple[str, ...], received: tuple[Tensor, ...]
+    tap: LayerTap,
+    dy: Tensor,
+    fired: Tensor,
+    given: tuple[str, ...],
+    received: tuple[Tensor, ...],
 ) -> Tensor:
     """What the links add to the tap's vector: cross terms, and how many later uses sent them."""
     like, each = tap.probe, 1 + len(tap.taps.crossed)
     zero = like.new_zeros(1)
     counts, crossed = {}, {}
     for i, own in enumerate(given):
-        counts[own], *payloads = received[i * each : (i + 1) * each]
+        count, *payloads = received[i * each : (i + 1) * each]
+        counts[own] = count * fired
         for method, payload in zip(tap.taps.crossed, payloads, strict=True):
-            crossed[method, own] = 2 * (wide(dy) * payload).sum()
+            crossed[method, own] = 2 * (dy * payload).sum()
     pieces = [zero]
     for method in tap.taps.methods:
         for own in tap.owned:
