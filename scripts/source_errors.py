@@ -4,10 +4,10 @@
 
 A character GPT is trained for `warmup` steps; from then on every step is measured by every source
 at once. "q": the source's sum of squared norms against the exact one of the same step, as root mean
-square and mean; for sources whose parts are the examples. "S", "|G|^2": mean of the one-step
-estimates over that of the exact source, from paired steps. "one step": standard deviation of one
-step's estimate over its mean, the exact source's own being what the batch itself brings.
-"b_simple": the last reading over the exact source's.
+square and mean, and the standard error that its readings say (root mean square); for sources whose
+parts are the examples. "S", "|G|^2": mean of the one-step estimates over that of the exact source,
+from paired steps. "one step": standard deviation of one step's estimate over its mean, the exact
+source's own being what the batch itself brings. "b_simple": the last reading over the exact one's.
 """
 
 from __future__ import annotations
@@ -51,15 +51,16 @@ def main(
     found = measured(model, optimizer, batches, steps, microbatch, calibrate_every)
     print(f"{steps} steps of {batch_size} examples in microbatches of {microbatch};", end=" ")
     print(f"sogns and norm_layers calibrated by one measured step in {calibrate_every or 'none'}\n")
-    print("| source | q: rms | q: mean | S | one step | abs(G)^2 | one step | b_simple |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    print("| source | q: rms | q: mean | q: said | S | one step | abs(G)^2 | one step | b_simple |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
     exact = found["pepgns"]
     for method, own in found.items():
         q = errors(own["q"], exact["q"]) if method in BY_EXAMPLE else " | "
-        moments = (" | " * 3).strip(" ")
+        claim = "" if np.isnan(own["said"]).any() else f"{math.sqrt((own['said'] ** 2).mean()):.1%}"
+        moments = " | | | "
         if method != "norm_layers":
             moments = " | ".join(moment(own[key], exact[key]) for key in ("S", "G"))
-        print(f"| {method} | {q} | {moments} | {own['b'][-1] / exact['b'][-1]:.2f} |")
+        print(f"| {method} | {q} | {claim} | {moments} | {own['b'][-1] / exact['b'][-1]:.2f} |")
 
 
 def train(
@@ -114,9 +115,16 @@ def measured(
             "S": np.array([r.raw.tr_sigma for r in readings]),
             "G": np.array([r.raw.grad_sq_norm for r in readings]),
             "b": np.array([math.nan if r.b_simple is None else r.b_simple for r in readings]),
+            "said": np.array([said(r) for r in readings]),
         }
         for method, readings in kept.items()
     }
+
+
+def said(reading: gnsmon.Reading) -> float:
+    known = reading.approximation
+    error = None if known is None or known.exact_steps else known.standard_error
+    return math.nan if error is None else error
 
 
 def errors(q: np.ndarray, exact: np.ndarray) -> str:
