@@ -100,6 +100,25 @@ def test_the_sketch_is_unbiased_and_knows_its_error(tmp_path):
     assert 0.5 < ratio < 1.2  # the neglected diagonal makes it a little too large
 
 
+def test_microbatches_do_not_share_their_probes():
+    """Else their errors would add up, and the sum err by more than it says."""
+    model, batch = text(torch.float32, layers=1)
+    example = tuple(t[:1] for t in batch)
+    collector = PerExample(model, ["sketch"], subspace=2, strict=True)
+    for sketch in collector.taps.sketches.values():
+        sketch.passes = 0
+    drawn, said = [], []
+    for _ in range(100):
+        collector.arm(True)
+        model.zero_grad()
+        for _ in range(8):
+            loss_of(model, example).backward()
+        found = collector.close()["sketch"]
+        drawn.append(found.parts_sq_norm.sum())
+        said.append(found.parts_variance.sum())
+    assert 0.4 < np.var(drawn[2:]) / np.mean(said[2:]) < 1.6
+
+
 def test_training_with_the_sketch_is_the_same_training(tmp_path):
     results = []
     for monitored in (False, True):
