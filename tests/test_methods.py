@@ -160,6 +160,44 @@ def test_the_reading_of_a_sketch_says_its_error(tmp_path):
     assert not kept["sketch"][-1].proxy
 
 
+def test_layers_without_numbers_are_no_obstacle(tmp_path):
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="zero-element"):
+        inner = nn.Linear(5, 0), nn.Linear(0, 5)
+    model = nn.Sequential(nn.Linear(4, 5), *inner, nn.LayerNorm(5), nn.Linear(5, 3))
+    nn.init.normal_(model[2].bias)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    methods = ["pepgns", "sketch", "sogns", "norm_layers"]
+    options = {"every": 1, "strict": True, "run_dir": tmp_path}
+    with gnsmon.attach(model, optimizer, method=methods, **options) as gns:
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(B, 7, 4)).square().sum().backward()
+            optimizer.step()
+        assert gns.coverage().fraction == 1
+        assert gns.readings["sketch"].raw.parts_sq_norm == pytest.approx(
+            gns.readings["pepgns"].raw.parts_sq_norm
+        )
+
+
+def test_a_step_whose_gradient_was_ruined_after_backward_spoils_no_later_one():
+    model, batch = text(torch.float32)
+    collector = PerExample(model, ["pepgns", "sketch"], strict=True)
+    for sketch in collector.taps.sketches.values():
+        sketch.passes = 0
+    for ruined in (True, False):
+        collector.arm(True)
+        model.zero_grad()
+        loss_of(model, batch).backward()
+        if ruined:
+            for p in model.parameters():
+                p.grad.fill_(float("nan"))
+        found = collector.close()
+    assert found["sketch"].parts_sq_norm.sum() == pytest.approx(
+        found["pepgns"].parts_sq_norm.sum(), rel=0.3
+    )
+
+
 # Norm layers.
 
 
