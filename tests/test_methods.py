@@ -100,6 +100,25 @@ def test_the_sketch_is_unbiased_and_knows_its_error(tmp_path):
     assert 0.5 < ratio < 1.2  # the neglected diagonal makes it a little too large
 
 
+def test_microbatches_do_not_share_their_probes():
+    """Else their errors would add up, and the sum err by more than it says."""
+    model, batch = text(torch.float32, layers=1)
+    example = tuple(t[:1] for t in batch)
+    collector = PerExample(model, ["sketch"], subspace=2, strict=True)
+    for sketch in collector.taps.sketches.values():
+        sketch.passes = 0
+    drawn, said = [], []
+    for _ in range(100):
+        collector.arm(True)
+        model.zero_grad()
+        for _ in range(8):
+            loss_of(model, example).backward()
+        found = collector.close()["sketch"]
+        drawn.append(found.parts_sq_norm.sum())
+        said.append(found.parts_variance.sum())
+    assert 0.4 < np.var(drawn[2:]) / np.mean(said[2:]) < 1.6
+
+
 def test_training_with_the_sketch_is_the_same_training(tmp_path):
     results = []
     for monitored in (False, True):
@@ -139,6 +158,44 @@ def test_the_reading_of_a_sketch_says_its_error(tmp_path):
     assert (known.factor, known.exact_steps, known.spread) == (1.0, 0, None)
     assert 0 <= known.standard_error < 0.5
     assert not kept["sketch"][-1].proxy
+
+
+def test_layers_without_numbers_are_no_obstacle(tmp_path):
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="zero-element"):
+        inner = nn.Linear(5, 0), nn.Linear(0, 5)
+    model = nn.Sequential(nn.Linear(4, 5), *inner, nn.LayerNorm(5), nn.Linear(5, 3))
+    nn.init.normal_(model[2].bias)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    methods = ["pepgns", "sketch", "sogns", "norm_layers"]
+    options = {"every": 1, "strict": True, "run_dir": tmp_path}
+    with gnsmon.attach(model, optimizer, method=methods, **options) as gns:
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(B, 7, 4)).square().sum().backward()
+            optimizer.step()
+        assert gns.coverage().fraction == 1
+        assert gns.readings["sketch"].raw.parts_sq_norm == pytest.approx(
+            gns.readings["pepgns"].raw.parts_sq_norm
+        )
+
+
+def test_a_step_whose_gradient_was_ruined_after_backward_spoils_no_later_one():
+    model, batch = text(torch.float32)
+    collector = PerExample(model, ["pepgns", "sketch"], strict=True)
+    for sketch in collector.taps.sketches.values():
+        sketch.passes = 0
+    for ruined in (True, False):
+        collector.arm(True)
+        model.zero_grad()
+        loss_of(model, batch).backward()
+        if ruined:
+            for p in model.parameters():
+                p.grad.fill_(float("nan"))
+        found = collector.close()
+    assert found["sketch"].parts_sq_norm.sum() == pytest.approx(
+        found["pepgns"].parts_sq_norm.sum(), rel=0.3
+    )
 
 
 # Norm layers.

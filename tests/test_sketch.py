@@ -122,6 +122,14 @@ def test_tracking_finds_the_directions_of_a_gradient():
     torch.testing.assert_close(identity, torch.eye(2, dtype=torch.float64))
 
 
+def test_a_gradient_that_is_not_finite_leaves_the_subspace_alone():
+    sketch = sketch_of(forms()["outer"], subspace=2)
+    before = sketch.subspace.clone()
+    for value in (float("nan"), float("inf")):
+        sketch.track(torch.full((M, N), value, dtype=torch.float64))
+        assert torch.equal(sketch.subspace, before)
+
+
 def test_it_is_exact_where_that_is_cheaper():
     small, single = forms()["outer"], Outer(normal(B, 1, 400), normal(B, 1, 400))
     long = Outer(normal(B, 1000, 400), normal(B, 1000, 400, seed=1))

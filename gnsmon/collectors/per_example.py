@@ -496,7 +496,8 @@ def _subset_sums(sizes: Sequence[int]) -> set[int]:
 
 def _along(gradient: Tensor, direction: Tensor) -> Tensor:
     dense = gradient.to_dense() if gradient.is_sparse else gradient
-    return dense.detach().reshape(-1, direction.numel()).to(direction.dtype) @ direction
+    rows = dense.shape[0] if dense.ndim else 1  # not -1, for there may be no numbers at all
+    return dense.detach().reshape(rows, direction.numel()).to(direction.dtype) @ direction
 
 
 def _length(vector: Array) -> float:

@@ -248,7 +248,7 @@ class Dense(Form):
         return (grad if weights is None else grad * _per_example(weights, grad)).sum(0)
 
     def sum_along(self, direction: Tensor) -> Tensor:  # noqa: D102
-        return self.sum().reshape(-1, prod(self.shape[1:])) @ wide(direction)
+        return self.sum().reshape(prod(self.shape[:1]), prod(self.shape[1:])) @ wide(direction)
 
     def project(self, w: Tensor) -> Tensor:  # noqa: D102
         return self._matrices() @ w
@@ -257,7 +257,7 @@ class Dense(Form):
         return self._matrices().mT @ f
 
     def _matrices(self) -> Tensor:  # [B, shape[0], n]
-        return wide(self.grad).reshape(len(self.grad), -1, prod(self.shape[1:]))
+        return wide(self.grad).reshape(self.batch, prod(self.shape[:1]), prod(self.shape[1:]))
 
     def regroup(self, batch: int) -> Dense:  # noqa: D102
         return Dense(wide(_regrouped(self.grad, batch)).sum(1))

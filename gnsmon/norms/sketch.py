@@ -53,10 +53,14 @@ class Sketch:
         self.probes.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 
     def track(self, grad: Tensor) -> None:
-        """Turn the subspace towards the gradient's, by one subspace iteration."""
-        matrix = grad.reshape(-1, len(self.subspace)).to(self.subspace.dtype)
+        """Turn the subspace towards the gradient's, by one subspace iteration.
+
+        A gradient that is not finite leaves it alone; nothing waits for the device to find out.
+        """
+        matrix = grad.reshape(len(grad), len(self.subspace)).to(self.subspace.dtype)
         rows = torch.linalg.qr(matrix @ self.subspace)[0]
-        self.subspace.copy_(torch.linalg.qr(matrix.mT @ rows)[0])
+        turned = torch.linalg.qr(matrix.mT @ rows)[0]
+        self.subspace.copy_(torch.where(turned.isfinite().all(), turned, self.subspace))
 
     def pays(self, form: Form) -> bool:
         """Whether the sketch of `form` takes fewer operations than its exact norms."""
