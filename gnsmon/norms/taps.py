@@ -595,11 +595,16 @@ def _in_checkpoint() -> bool:
 def _tensors(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, ...]:
-    """The tensors given to forward, in the order of its signature."""
+    """The tensors given to forward, in the order of its signature, each an object of its own."""
     values = list(args)
     if kwargs:
         values += [kwargs[name] for name in _parameter_names(type(module)) if name in kwargs]
-    return tuple(v for v in values if isinstance(v, Tensor))
+    tensors: list[Tensor] = []
+    for v in values:
+        if isinstance(v, Tensor):
+            # A compiled graph refuses to be given one tensor twice (torch 2.13).
+            tensors.append(v.detach() if any(v is other for other in tensors) else v)
+    return tuple(tensors)
 
 
 @lru_cache
