@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gnsmon.norms.oracles import left_untouched, per_example_gradients
+from gnsmon.checking.precision import backward
+from gnsmon.norms.oracles import examples, left_untouched, named_tensors
 
 Loss = Callable[[Any, Any], Tensor]
 ROUNDING = 1e-6  # relative, of a float64 gradient that was summed in another order
@@ -20,10 +21,22 @@ def gradient_matrix(
 ) -> Tensor:  # [B, n]
     """The gradient of each example in float64, all trainable parameters side by side.
 
-    With a seed, the forward of example i draws its random numbers from `seed + i`.
+    With a seed, the forward of example i draws its random numbers from `seed + i`. Clears `.grad`.
     """
-    rows = per_example_gradients(model, loss, batch, seed=seed)
-    return torch.stack([torch.cat([g.double().flatten() for g in row.values()]) for row in rows])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    count = len(next(iter(named_tensors(batch).values())))
+    matrix = torch.zeros(count, sum(p.numel() for p in trained), dtype=torch.float64)
+    for i in range(count):
+        model.zero_grad()
+        with left_untouched(model):
+            if seed is not None:
+                torch.manual_seed(seed + i)
+            backward(loss(model, examples(batch, i, i + 1)))
+        for p, piece in zip(trained, matrix[i].split([p.numel() for p in trained]), strict=True):
+            if p.grad is not None:
+                piece.copy_(p.grad.to_dense().flatten())
+    model.zero_grad()
+    return matrix
 
 
 def batch_gradient(model: nn.Module, loss: Loss, batch: Any) -> Tensor:  # [n]
