@@ -130,13 +130,15 @@ def noise_shares(
     denominator), E s_i^2 is the masks' noise, and the variance of the m_i is the data's plus
     E s_i^2 / K, which is taken away: both are unbiased, and `data` may come out negative.
     """
-    means, squares = torch.zeros(()), torch.zeros(())
-    for k in range(draws):
+    means = gradient_matrix(model, loss, batch, seed=seed).div_(draws)
+    squares = draws**2 * _square_sums(means)
+    for k in range(1, draws):
         drawn = None  # the last one's memory, before the next is made
         drawn = gradient_matrix(model, loss, batch, seed=seed + 1_000_003 * k)
-        means, squares = means + drawn / draws, squares + drawn.square().sum(1)
-    within = (squares - draws * means.square().sum(1)) / (draws - 1)  # [B]
+        squares += _square_sums(drawn)
+        means.add_(drawn, alpha=1 / draws)
     gram, count = means @ means.T, len(means)
+    within = (squares - draws * gram.diagonal()) / (draws - 1)  # [B]
 
     def shares(of: list[int], deviation: float | None) -> NoiseShares:
         masks = float(within[of].mean())
@@ -148,6 +150,10 @@ def noise_shares(
     without = torch.tensor([shares([i for i in everyone if i != j], None).share for j in everyone])
     spread = (without - without.mean()).square().sum() * (count - 1) / count  # delete-1 jackknife
     return shares(everyone, float(spread.sqrt()))
+
+
+def _square_sums(rows: Tensor) -> Tensor:  # [B]
+    return torch.stack([row.square().sum() for row in rows])  # one row's memory
 
 
 def draws_randomly(model: nn.Module, loss: Loss, batch: Any) -> bool:
