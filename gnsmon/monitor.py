@@ -114,7 +114,8 @@ def attach(
 
     Call it before `torch.compile` and before the first step. With several ranks, which only the
     method "ranks" measures, call it and load its state on every one, and take as many optimizer
-    steps on each: at a measured step they wait for one another. The first rank writes.
+    steps on each: at a measured step they wait for one another, so that `join()` of DDP, for uneven
+    inputs, does not go with it. The first rank writes.
 
     Args:
         model: what the training loop calls; of `DistributedDataParallel` the wrapper or its module.

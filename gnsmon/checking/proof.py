@@ -43,7 +43,10 @@ def check(model: nn.Module, loss: Loss, batch: Any, *, method: str = "pepgns") -
             scalar or has no gradient, an unknown method.
     """
     if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+        raise ValueError(
+            f"method: expected one of {', '.join(METHODS)}, got {method!r}; other methods know "
+            "nothing of layers, so there is nothing of theirs to compare before training"
+        )
     count, tensors, shared = _expect_batch(batch)
     notes = [
         *findings.of_parameters(model),
@@ -159,7 +162,8 @@ def _expect_loss(model: nn.Module, loss: Loss, batch: Any) -> None:
     except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(
             "expected a loss of any number of examples, as each is taken alone too; it takes the "
-            f"batch, but not its first example: {error}"
+            f"batch, but not its first example: {error}. If these cannot be taken alone (the nodes "
+            "of a graph), there is nothing to check; take method='microbatch'"
         ) from error
 
 
