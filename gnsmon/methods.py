@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,12 @@ from gnsmon.estimators.values import Approximation, Array, NormPair, Ratio
 PATIENCE = 3
 Outcome = StepNorms | Skipped | None
 NO_EXAMPLES = ("coupled examples", "nothing measured")  # reasons why there are none to tell apart
+
+UNLIKE = (
+    "{} takes sum w^2 of the examples' weights for {:.3g}, while the loss puts {:.3g} on "
+    "gns.losses. If it weighs them unequally, as by their tokens, do so after gns.losses and tell "
+    "the weights: attach(..., weights=...) or gns.weigh"
+)
 
 
 def sources(
@@ -107,6 +114,9 @@ class Method:
         if isinstance(first, Skipped) and first.reason in NO_EXAMPLES:
             return rest or first
         if isinstance(first, StepNorms) and isinstance(rest, StepNorms):
+            p, seen = first.sum_sq_weights, rest.sum_sq_weights
+            if self.rest in random_signs.METHODS and not math.isclose(p, seen, rel_tol=1e-2):
+                return Skipped("weights", UNLIKE.format(self.first, p, seen))
             return combined(first, rest, self._names)
         return rest if isinstance(rest, Skipped) else first
 

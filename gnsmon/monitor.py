@@ -29,7 +29,7 @@ from gnsmon.advice import Advice, advise
 from gnsmon.collectors.groups import group_of
 from gnsmon.collectors.per_example import NOT_A_NORM
 from gnsmon.collectors.random_signs import RandomSigns
-from gnsmon.collectors.reduction import Ranks
+from gnsmon.collectors.reduction import Ranks, others
 from gnsmon.collectors.step import (
     NO_BACKWARD,
     NO_LOSSES,
@@ -114,7 +114,8 @@ def attach(
 
     Call it before `torch.compile` and before the first step. With several ranks, which only the
     method "ranks" measures, call it and load its state on every one, and take as many optimizer
-    steps on each: at a measured step they wait for one another. The first rank writes.
+    steps on each: at a measured step they wait for one another, so that `join()` of DDP, for uneven
+    inputs, does not go with it. The first rank writes.
 
     Args:
         model: what the training loop calls; of `DistributedDataParallel` the wrapper or its module.
@@ -163,6 +164,7 @@ class Monitor:
         self._ranks = _checked_ranks(model, config)
         if isinstance(model, DistributedDataParallel):
             model = getattr(model.module, "_orig_mod", model.module)
+        _expect_alike(model, config, self._ranks)
         self.config, self.model = config, model
         self._scaler = scaler
         optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
@@ -246,7 +248,10 @@ class Monitor:
 
         Args:
             losses: [B] with its graph, the same tensor that the backward comes through; it holds
-                the whole loss of each example. Of losses by token, each example's sum.
+                the whole loss of each example. Of losses by token, each example's mean, which the
+                loss weighs by its tokens afterwards: `(losses * counts).sum() / counts.sum()`. Of
+                padding, multiply the losses by 0 afterwards. What is weighed inside the vector
+                cannot be told from a larger loss, and p comes out too small.
 
         Raises:
             ValueError: when strict, on another shape or without a graph; otherwise the
@@ -579,6 +584,18 @@ def _checked_ranks(model: nn.Module, config: MonitorConfig) -> Ranks:
             "process; use 'pepgns', or attach after torch.distributed.init_process_group"
         )
     return ranks
+
+
+def _expect_alike(model: nn.Module, config: MonitorConfig, ranks: Ranks) -> None:
+    """Raises ValueError where the ranks would not sum the same numbers at the same steps."""
+    parameters = [(name, list(p.shape)) for name, p in model.named_parameters()]
+    device = next(model.parameters()).device
+    if ranks.size > 1 and (other := others((config.every, parameters), ranks, device)):
+        raise ValueError(
+            f"expected the same model and the same every= on all ranks, which wait for one another "
+            f"at a measured step; those of rank {', '.join(map(str, other))} are not those of "
+            f"rank 0 (here every={config.every})"
+        )
 
 
 class _Clock:

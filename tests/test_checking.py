@@ -1,8 +1,12 @@
+from functools import partial
+
 import cases
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import gnsmon
 from gnsmon import checking
@@ -111,7 +115,11 @@ def of_four(model, batch):
         (cases.energy, torch.randn(1, 3), "at least two examples in the batch, got 1"),
         (cases.energy, "text", "expected tensors in the batch"),
         (not_a_scalar, torch.randn(4, 3), r"a scalar tensor, got \[4, 2\]"),
-        (of_four, torch.randn(4, 3), "not its first example: shape .* is invalid"),
+        (
+            of_four,
+            torch.randn(4, 3),
+            "not its first example: shape .* is invalid.*nodes of a",
+        ),
         (constant, torch.randn(4, 3), "does not depend on the parameters"),
     ],
 )
@@ -121,10 +129,84 @@ def test_a_call_that_makes_no_sense_is_refused(loss, batch, message):
 
 
 def test_an_unknown_method_and_a_frozen_model_are_refused():
-    with pytest.raises(ValueError, match="one of pepgns, sogns.*, got 'microbatch'"):
+    with pytest.raises(ValueError, match="one of pepgns, sogns.*, got 'microbatch'; other"):
         gnsmon.check(nn.Linear(3, 2), cases.energy, torch.randn(4, 3), method="microbatch")
     with pytest.raises(ValueError, match="all are frozen"):
         gnsmon.check(nn.Linear(3, 2).requires_grad_(False), cases.energy, torch.randn(4, 3))
+
+
+CLASSES = torch.tensor([1.0, 1.0, 1.0])
+
+
+def with_a_float32_state(model, batch):
+    state = torch.zeros(1, len(batch[0]), 3)
+    return model(batch[0], (state, state))[0].square().mean()
+
+
+def cast_to_float32(model, batch):
+    return model(batch[0].half().to(torch.float32))[0].float().square().mean()
+
+
+def with_float32_class_weights(model, batch):
+    return F.cross_entropy(model(batch[0])[0].mean(1), batch[1], CLASSES)
+
+
+def a_mean_over_tokens_in_float32(model, batch):
+    """As Hugging Face's: its rounding, of 1e-7, is not the norms'."""
+    x, y = batch
+    y = y[:, None].expand(-1, 5).masked_fill(torch.arange(5) > y[:, None], -100)
+    return F.cross_entropy(model(x)[0].float().flatten(0, 1), y.flatten())
+
+
+class CastingNorm(nn.Module):
+    """As Hugging Face's RMSNorm; without a rule it is run again in the backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        wide = x.to(torch.float32)
+        return self.weight * (wide * wide.square().mean(-1, keepdim=True).rsqrt()).to(x.dtype)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_cast_in_a_layer_is_in_float64_where_the_backward_runs_it_again(again):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), CastingNorm(), nn.Linear(3, 2))
+
+    def loss(model, batch):
+        run = partial(checkpoint, model, use_reentrant=False) if again else model
+        return run(batch).square().mean()
+
+    result = gnsmon.check(model, loss, torch.randn(7, 5, 3))
+    assert result.passed, str(result)
+    assert result.fraction == 1
+    assert result.max_error < 1e-12
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        with_a_float32_state,
+        cast_to_float32,
+        with_float32_class_weights,
+        a_mean_over_tokens_in_float32,
+    ],
+)
+def test_what_a_loss_makes_or_casts_is_in_float64_too(loss):
+    torch.manual_seed(0)
+    model = nn.LSTM(3, 3, batch_first=True)
+    result = gnsmon.check(model, loss, (torch.randn(7, 5, 3), torch.randint(3, (7,))))
+    assert result.passed, str(result)
+    assert result.max_error < 1e-11
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_loss_of_another_model_than_the_copy_it_is_given_is_refused():
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    with pytest.raises(ValueError, match="which is a copy; let the loss use its first argument"):
+        gnsmon.check(model, lambda _, x: model(x).square().mean(), x)
 
 
 @pytest.mark.parametrize("name", [case.name for case in cases.CASES])

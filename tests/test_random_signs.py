@@ -784,3 +784,26 @@ def test_it_fills_what_the_layer_rules_leave_out():
         assert gns.reading.coverage == 1
         u = torch.cat(list(parts(model, batch).values()), 1)
         assert gns.reading.raw.big_sq_norm == pytest.approx(float(u.sum(0).square().sum()), 1e-10)
+
+
+def test_weights_that_only_the_loss_knows_are_not_mixed_with_equal_ones():
+    """Otherwise p would be the rules', and |G|² of both sources biased."""
+    model, optimizer, batch = make(Positions)
+    weights = torch.arange(1.0, B + 1)
+    for told in (True, False):
+        with watch(model, optimizer, method="pepgns+random_signs") as gns:
+            losses = losses_of(model, batch)
+            gns.losses(losses)
+            if told:
+                gns.weigh(weights)
+            (losses * weights / weights.sum()).sum().backward()
+            if told:
+                optimizer.step()
+                p = float(weights.square().sum() / weights.sum() ** 2)
+                assert gns.reading.raw.sum_sq_weights == pytest.approx(p)
+                assert gns.reading.coverage == 1
+            else:
+                with pytest.warns(RuntimeWarning, match="0.167, while the loss puts 0.206 on"):
+                    optimizer.step()
+                assert gns.skipped == {"weights": 1}
+            optimizer.zero_grad()

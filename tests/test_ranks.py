@@ -319,6 +319,20 @@ def test_a_strict_rank_raises_after_the_sum(processes):
     processes(strictly)
 
 
+def unlike(rank):
+    model, wrapped, optimizer = tiny()
+    with pytest.raises(ValueError, match="same every= on all ranks.*those of rank 1 are not"):
+        watch(wrapped, optimizer, method="ranks", every=1 + rank)
+    given = wrapped if rank else model  # alike, whichever of the two
+    with watch(given, optimizer, method="ranks", every=2) as gns:
+        train(wrapped, optimizer, batches([[2], [2]])[rank], mean_over_all)
+        assert gns.reading.coverage == 1
+
+
+def test_ranks_that_would_not_meet_are_refused(processes):
+    processes(unlike)
+
+
 # What does not add up.
 
 
@@ -449,6 +463,8 @@ def counted(rank):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_reduce", counting)
         with watch(wrapped, [one, other], method="ranks", every=3) as gns:
+            assert len(calls) == 1  # whether all attach alike
+            calls.clear()
             seen = []
             for step in range(7):
                 wrapped.zero_grad()

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gnsmon.norms.oracles import left_untouched, per_example_gradients
+from gnsmon.checking.precision import backward
+from gnsmon.norms.oracles import examples, left_untouched, named_tensors
 
 Loss = Callable[[Any, Any], Tensor]
 ROUNDING = 1e-6  # relative, of a float64 gradient that was summed in another order
@@ -20,10 +21,22 @@ def gradient_matrix(
 ) -> Tensor:  # [B, n]
     """The gradient of each example in float64, all trainable parameters side by side.
 
-    With a seed, the forward of example i draws its random numbers from `seed + i`.
+    With a seed, the forward of example i draws its random numbers from `seed + i`. Clears `.grad`.
     """
-    rows = per_example_gradients(model, loss, batch, seed=seed)
-    return torch.stack([torch.cat([g.double().flatten() for g in row.values()]) for row in rows])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    count = len(next(iter(named_tensors(batch).values())))
+    matrix = torch.zeros(count, sum(p.numel() for p in trained), dtype=torch.float64)
+    for i in range(count):
+        model.zero_grad()
+        with left_untouched(model):
+            if seed is not None:
+                torch.manual_seed(seed + i)
+            backward(loss(model, examples(batch, i, i + 1)))
+        for p, piece in zip(trained, matrix[i].split([p.numel() for p in trained]), strict=True):
+            if p.grad is not None:
+                piece.copy_(p.grad.to_dense().flatten())
+    model.zero_grad()
+    return matrix
 
 
 def batch_gradient(model: nn.Module, loss: Loss, batch: Any) -> Tensor:  # [n]
@@ -117,13 +130,15 @@ def noise_shares(
     denominator), E s_i^2 is the masks' noise, and the variance of the m_i is the data's plus
     E s_i^2 / K, which is taken away: both are unbiased, and `data` may come out negative.
     """
-    means, squares = torch.zeros(()), torch.zeros(())
-    for k in range(draws):
+    means = gradient_matrix(model, loss, batch, seed=seed).div_(draws)
+    squares = draws**2 * _square_sums(means)
+    for k in range(1, draws):
         drawn = None  # the last one's memory, before the next is made
         drawn = gradient_matrix(model, loss, batch, seed=seed + 1_000_003 * k)
-        means, squares = means + drawn / draws, squares + drawn.square().sum(1)
-    within = (squares - draws * means.square().sum(1)) / (draws - 1)  # [B]
+        squares += _square_sums(drawn)
+        means.add_(drawn, alpha=1 / draws)
     gram, count = means @ means.T, len(means)
+    within = (squares - draws * gram.diagonal()) / (draws - 1)  # [B]
 
     def shares(of: list[int], deviation: float | None) -> NoiseShares:
         masks = float(within[of].mean())
@@ -135,6 +150,10 @@ def noise_shares(
     without = torch.tensor([shares([i for i in everyone if i != j], None).share for j in everyone])
     spread = (without - without.mean()).square().sum() * (count - 1) / count  # delete-1 jackknife
     return shares(everyone, float(spread.sqrt()))
+
+
+def _square_sums(rows: Tensor) -> Tensor:  # [B]
+    return torch.stack([row.square().sum() for row in rows])  # one row's memory
 
 
 def draws_randomly(model: nn.Module, loss: Loss, batch: Any) -> bool:

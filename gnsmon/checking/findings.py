@@ -132,7 +132,8 @@ def of_randomness_in_eval() -> Findings:
         "the loss is random in eval mode too",
         "One example alone draws other numbers than it does in the batch, so the norms cannot be "
         "compared. Give the check a loss that is a function of the batch: draw the noise outside, "
-        "as one more tensor of the batch.",
+        "as one more tensor of the batch. The monitor itself does not mind draws that each example "
+        "makes for itself: their noise is part of the gradient's.",
     )
 
 
@@ -158,7 +159,8 @@ def of_composition(found: Composition) -> Findings:
             "the examples weigh unequally",
             f"In this batch they weigh {shown}, as in a mean over tokens of sequences of unequal "
             f"length. Tell the monitor: attach(..., weights=...), a function of the forward's "
-            f"arguments that gives each example's weight (its number of tokens). Otherwise it "
+            f"arguments that gives each example's weight (its number of tokens), or "
+            f"gns.weigh(counts) before each backward. Otherwise it "
             f"takes sum w^2 = {1 / parts:.3f} for {sum(w * w for w in weights):.3f}, and |G|^2 "
             "and S are biased. The table allows for the weights.",
         )
@@ -201,8 +203,9 @@ def of_coverage(
             "warning",
             "the batch axis is missing",
             f"{_listed(summed)}: {_percent(share)} of the trainable numbers. Such a layer's output "
-            "is the same for all examples or mixes them up, and no example's share can be told. "
-            "Give its input a batch axis, as by positions.expand(batch, -1).",
+            "is the same for all examples, or of a choice or mix of them (an expert's), and no "
+            "example's share can be told. If it is the same, give its input a batch axis, as by "
+            "positions.expand(batch, -1).",
         )
     left_out = sum(sizes[name] for name in missing) / whole
     if left_out > 0.01 and len(missing) < len(sizes):
@@ -212,7 +215,7 @@ def of_coverage(
             "coverage",
             f"{_percent(left_out)} of the trainable numbers{norm} are in neither norm: the noise "
             "scale is that of the other parameters, which may differ. The reasons are under the "
-            "table.",
+            "table. method='random_signs' measures them too.",
         )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gnsmon.checking import brute, findings
 from gnsmon.checking.brute import Loss
 from gnsmon.checking.findings import Finding
+from gnsmon.checking.precision import backward, in_float64
 from gnsmon.checking.values import Check, Norms, Row
 from gnsmon.collectors.per_example import METHODS, PerExample
 from gnsmon.collectors.step import Measured, Skipped, StepNorms
@@ -42,7 +43,10 @@ def check(model: nn.Module, loss: Loss, batch: Any, *, method: str = "pepgns") -
             scalar or has no gradient, an unknown method.
     """
     if method not in METHODS:
-        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+        raise ValueError(
+            f"method: expected one of {', '.join(METHODS)}, got {method!r}; other methods know "
+            "nothing of layers, so there is nothing of theirs to compare before training"
+        )
     count, tensors, shared = _expect_batch(batch)
     notes = [
         *findings.of_parameters(model),
@@ -50,7 +54,14 @@ def check(model: nn.Module, loss: Loss, batch: Any, *, method: str = "pepgns") -
         *findings.of_batch_norm(model),
     ]
     model, batch = copy.deepcopy(model).double(), map_tensors(_double, batch)
-    batch, loss = _carried(batch, loss, count)
+    with in_float64():
+        return _proved(model, *_carried(batch, loss, count), method, notes, count)
+
+
+def _proved(
+    model: nn.Module, batch: Any, loss: Loss, method: str, notes: list[Finding], count: int
+) -> Check:
+    """The check of a model that may be changed, all in float64."""
     for module in model.modules():
         if coupling(module):
             module.eval()
@@ -134,11 +145,15 @@ def _expect_loss(model: nn.Module, loss: Loss, batch: Any) -> None:
         raise ValueError("expected a model with trainable parameters; all are frozen")
     with left_untouched(model):
         value = loss(model, batch)
+        reached = isinstance(value, Tensor) and value.numel() == 1 and _reaches(model, value)
     if not isinstance(value, Tensor) or value.numel() != 1:
         came = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"expected a loss(model, batch) that is a scalar tensor, got {came}")
-    if not value.requires_grad:
-        raise ValueError("expected a loss with a gradient: it does not depend on the parameters")
+    if not reached:
+        raise ValueError(
+            "expected a loss with a gradient: it does not depend on the parameters of the model it "
+            "is called with, which is a copy; let the loss use its first argument"
+        )
     if any(coupling(module) for module in model.modules()):
         return  # which may refuse a single example, and is never given one
     try:
@@ -147,8 +162,17 @@ def _expect_loss(model: nn.Module, loss: Loss, batch: Any) -> None:
     except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(
             "expected a loss of any number of examples, as each is taken alone too; it takes the "
-            f"batch, but not its first example: {error}"
+            f"batch, but not its first example: {error}. If these cannot be taken alone (the nodes "
+            "of a graph), there is nothing to check; take method='microbatch'"
         ) from error
+
+
+def _reaches(model: nn.Module, value: Tensor) -> bool:
+    """Whether any parameter has a part in it."""
+    model.zero_grad()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    backward(value)
+    return any(p.grad is not None for p in trained)
 
 
 def _carried(batch: Any, loss: Loss, count: int) -> tuple[Any, Loss]:
@@ -200,7 +224,7 @@ def _collect(
             collector.arm(True)
             model.zero_grad()
             with left_untouched(model):
-                loss(model, part).backward()
+                backward(loss(model, part))
             norms = collector.close()
     finally:
         collector.remove()

@@ -171,7 +171,7 @@ class RandomSigns:
             raise ValueError(
                 "gns.losses: expected the loss of each example, [B], with its graph; got shape "
                 f'{list(losses.shape)}{came}. Take reduction="none", and of losses by token each '
-                "example's sum"
+                "example's mean, weighed by its tokens afterwards"
             )
         if all(losses is not given for given, _ in self._given.values()):
             hook = partial(self._arrives, self._calls)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from math import prod
 
 import numpy as np
@@ -77,6 +78,14 @@ def over_ranks(
         return Skipped(reason, local.detail if isinstance(local, Skipped) else told)
     assert isinstance(local, Share)
     return _unpacked(sums, local, names, ranks)
+
+
+def others(said: object, ranks: Ranks, device: torch.device) -> list[int]:
+    """The ranks that say another thing than the first one; the same list on all, by one sum."""
+    digests = np.zeros((ranks.size, 32))
+    digests[ranks.rank] = np.frombuffer(sha256(repr(said).encode()).digest(), np.uint8)
+    digests = _sum(digests.ravel(), ranks, device).reshape(digests.shape)
+    return np.flatnonzero((digests != digests[0]).any(1)).tolist()
 
 
 def _packed(local: Share, names: Sequence[str], ranks: Ranks) -> list[Array]:
