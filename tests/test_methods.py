@@ -260,6 +260,16 @@ def test_calibrated_norm_layers_follow_the_whole_model(tmp_path):
     assert abs(uncorrected) > abs(math.log(norms.b_simple / exact.b_simple))
 
 
+def test_an_exact_step_of_a_single_example_calibrates_nothing(tmp_path):
+    model, batch = text()
+    one = tuple(t[:1] for t in batch)
+    options = {"method": "norm_layers", "calibrate_every": 1, "tmp_path": tmp_path}
+    with pytest.warns(RuntimeWarning, match="one part"):
+        gns, kept = train(model, one, 4, **options)
+    assert gns.skipped == {"one part": 4}
+    assert not kept
+
+
 def test_norm_layers_of_a_model_without_any_is_refused():
     with pytest.raises(ValueError, match="the model has no normalisation layer"):
         gnsmon.attach(nn.Linear(3, 2), method="norm_layers")
@@ -423,6 +433,38 @@ def test_another_source_takes_what_has_no_rule(tmp_path):
         parts = sum(getattr(r.groups["1"].raw, moment) for r in both)
         rest = sum(getattr(r.raw, moment) for r in fine)
         assert a.sum() == pytest.approx(parts + rest, rel=1e-9)
+
+
+def test_only_what_the_approximate_source_measured_is_called_approximate(tmp_path):
+    model = gated()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    methods = ["sogns+microbatch", "sketch+microbatch"]
+    options = {"every": 1, "calibrate_every": 1, "strict": True, "run_dir": tmp_path}
+    groups = lambda name: "own" if name == "1.scale" else "others"  # noqa: E731
+    with gnsmon.attach(model, optimizer, method=methods, groups=groups, **options) as gns:
+        for _ in range(3):
+            optimizer.zero_grad()
+            for _ in range(2):
+                model(torch.randn(4, 5, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+    for method in methods:
+        reading = gns.readings[method]
+        assert reading.approximation.factor == pytest.approx(1)
+        assert reading.groups["others"].approximation.factor == pytest.approx(1)
+        assert reading.groups["own"].approximation is None
+
+
+def test_where_another_source_measures_all_nothing_is_approximate(tmp_path):
+    model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Linear(5, 1)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    options = {"every": 1, "groups": "total", "strict": True, "run_dir": tmp_path}
+    with gnsmon.attach(model, optimizer, method="sogns+microbatch", **options) as gns:
+        for _ in range(2):
+            optimizer.zero_grad()
+            for _ in range(2):
+                model(torch.randn(4, 5, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+    assert gns.reading.approximation is None
 
 
 def test_where_examples_are_coupled_the_other_source_measures_all(tmp_path):

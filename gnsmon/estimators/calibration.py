@@ -50,9 +50,17 @@ class PartsCalibration:
     @property
     def factors(self) -> Array:
         """What to multiply by, [n_parameters]; of a parameter not seen yet, the total's."""
-        total = self._exact.sum() / own if (own := self._own.sum()) > 0 else 1.0
-        unseen = np.full_like(self._own, total)
-        return np.divide(self._exact, self._own, out=unseen, where=self._own > 0)
+        return self._divided(self._exact, self._own)
+
+    @property
+    def group_factors(self) -> Array:
+        """What they come to on average, [n_groups]."""
+        return self._divided(self._by_group(self._exact), self._by_group(self._own))
+
+    def _divided(self, exact: Array, own: Array) -> Array:
+        whole = self._own.sum()
+        unseen = np.full_like(own, self._exact.sum() / whole if whole > 0 else 1.0)
+        return np.divide(exact, own, out=unseen, where=own > 0)
 
     @property
     def spread(self) -> Array | None:
