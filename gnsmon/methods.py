@@ -153,19 +153,20 @@ class Method:
         self, norms: StepNorms, ratios: Sequence[Ratio]
     ) -> list[Approximation | None]:
         """How good the norms are, of every group; None where the source is not approximate."""
-        if self.first not in ("sogns", "norm_layers", "sketch"):
-            return [None] * len(ratios)
         n = len(ratios)
+        if self._ratio is not None:
+            # The norm layers' own norms are exact; the factor is on b_simple, so nothing amplifies.
+            of = self._ratio
+            total = Approximation(of.factor, None, of.standard_error, of.steps, None)
+            return [total, *[None] * (n - 1)]
+        if self.first not in ("sogns", "sketch"):
+            return [None] * n
         factor, spread, error = ([None] * n for _ in range(3))
         steps = 0
         if self._parts is not None and (steps := self._parts.steps):
             factor = self._parts.group_factors.tolist()
             spread = _listed(self._parts.spread, n)
             error = _listed(self._parts.standard_error, n)
-        elif self._ratio is not None:
-            steps = self._ratio.steps
-            factor[0], error[0] = self._ratio.factor, self._ratio.standard_error
-            factor[1:] = [1.0] * (n - 1)
         elif norms.parts_variance is not None:
             parts = self._by_group(norms.parts_sq_norm)
             error = _divided(np.sqrt(self._by_group(norms.parts_variance)), parts)

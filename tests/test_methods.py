@@ -1,6 +1,7 @@
 """What each method makes of a step: sketch, calibration, norm layers, two sources in one."""
 
 import math
+import re
 
 import cases
 import numpy as np
@@ -16,6 +17,7 @@ from gnsmon.collectors.per_example import PerExample
 from gnsmon.collectors.step import Skipped, StepNorms
 from gnsmon.demo.models import CharGPT
 from gnsmon.estimators import NormPair, moments
+from gnsmon.sinks.wording import approximation
 
 B, T, WORDS = 6, 24, 40
 
@@ -258,6 +260,15 @@ def test_calibrated_norm_layers_follow_the_whole_model(tmp_path):
     assert abs(math.log(factor)) > 0.02  # which the law alone would not give
     uncorrected = math.log(norms.b_simple / factor / exact.b_simple)
     assert abs(uncorrected) > abs(math.log(norms.b_simple / exact.b_simple))
+
+
+def test_the_factor_of_norm_layers_is_said_to_be_one_of_the_noise_scale(tmp_path):
+    model, batch = text()
+    options = {"method": "norm_layers", "calibrate_every": 1, "groups": "layer"}
+    _, kept = train(model, batch, 12, tmp_path=tmp_path, **options)
+    reading = kept["norm_layers"][-1]
+    assert re.fullmatch(r"corrected by [\d.]+, which is known to [\d.]+%", approximation(reading))
+    assert reading.groups["norm"].approximation is None  # exact
 
 
 def test_an_exact_step_of_a_single_example_calibrates_nothing(tmp_path):
