@@ -153,6 +153,22 @@ def test_a_gradient_that_overflows_leaves_the_subspaces_sound():
         torch.testing.assert_close(q.mT @ q, torch.eye(q.shape[1]), rtol=0, atol=1e-5)
 
 
+def test_the_error_of_a_sketch_is_told_at_any_scale_of_the_loss():
+    """It is of fourth powers of the gradient, which leave the range of float32 long before it."""
+    said = []
+    for scale in (1.0, 1e-12, 1e12):
+        model, batch = text(torch.float32, layers=1)
+        collector = PerExample(model, ["sketch"], subspace=2, strict=True)
+        for sketch in collector.taps.sketches.values():
+            sketch.passes = 0
+        collector.arm(True)
+        (loss_of(model, batch) * scale).backward()
+        found = collector.close()["sketch"]
+        said.append(math.sqrt(found.parts_variance.sum()) / found.parts_sq_norm.sum())
+    assert said[0] > 1e-3
+    assert said == pytest.approx([said[0]] * 3, rel=1e-4)
+
+
 def test_the_reading_of_a_sketch_says_its_error(tmp_path):
     model, batch = text()
     _, kept = train(model, batch, 3, method="sketch", tmp_path=tmp_path)

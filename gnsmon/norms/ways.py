@@ -32,7 +32,7 @@ def _sketch(form: Form, sketch: Sketch | None) -> Tensor:
         exact = _exact(form, None)
         return torch.cat([exact, torch.zeros_like(exact)])
     estimates, variance = sketch.sq_norms(form)
-    return torch.stack([estimates.sum(), variance])
+    return torch.stack([estimates.sum().to(variance.dtype), variance])
 
 
 WAYS = {"exact": Way(1, _exact), "sogns": Way(1, _sogns), "sketch": Way(2, _sketch)}
