@@ -112,6 +112,14 @@ def test_state_goes_through_json(make):
     assert other.state_dict() == one.state_dict()
 
 
+def test_the_state_of_another_model_is_refused():
+    state = calibrated(3)[0].state_dict()
+    other = PartsCalibration(4, lambda values: values[:2])
+    with pytest.raises(ValueError, match="expected 4 parameters, got 3 in the saved state"):
+        other.load_state_dict(state)
+    assert other.steps == 0
+
+
 def test_errors_add_in_quadrature_on_the_scale_of_logarithms():
     ratio = Ratio("ok", None, 10.0, 8.0, 12.5)
     same = corrected(ratio, 1.0, 0.0, level=0.95)

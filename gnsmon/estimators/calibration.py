@@ -78,7 +78,12 @@ class PartsCalibration:
         return {"steps": self.steps, **sums, "judged": self._judged.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`."""
+        """Continue from `state_dict`; raises ValueError on that of another model."""
+        if len(state["own"]) != len(self._own):
+            raise ValueError(
+                f"calibration: expected {len(self._own)} parameters, got {len(state['own'])} in "
+                "the saved state; attach to the same model as the saved run, or start afresh"
+            )
         self.steps = int(state["steps"])
         self._own, self._exact = (np.array(state[key]) for key in ("own", "exact"))
         self._judged.load_state_dict(state["judged"])

@@ -39,7 +39,7 @@ def approximation(reading: Reading | GroupReading) -> str:
     if known is None:
         return ""
     if known.factor is None:
-        return "a proxy, not calibrated"
+        return "a proxy, not calibrated" + " yet" * bool(known.exact_steps)
     words = [f"corrected by {known.factor:.2g}"] if known.exact_steps else []
     if known.spread is not None:
         words.append(f"{known.spread:.1%} off at later exact steps")
