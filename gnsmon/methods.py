@@ -141,8 +141,8 @@ class Method:
         if errors is None:
             return list(found)
         amplified = [
-            error * (1 + (ratio.b_simple or ratio.low or 0.0) / examples) * own
-            for ratio, error, own in zip(found, errors, self._own, strict=True)
+            (error or 0.0) * (1 + (ratio.b_simple or ratio.low or 0.0) / examples) * own
+            for ratio, error, own in zip(found, _listed(errors, len(found)), self._own, strict=True)
         ]
         return [
             corrected(ratio, 1.0, error, level=self._level)
@@ -212,4 +212,4 @@ def _divided(a: Array, b: Array) -> list[Any]:
 
 
 def _listed(values: Array | None, n: int) -> list[Any]:
-    return [None] * n if values is None else values.tolist()
+    return [None] * n if values is None else [None if x != x else x for x in values.tolist()]

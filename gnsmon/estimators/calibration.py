@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import ndtri  # type: ignore[import-untyped]
 
 from gnsmon.estimators.values import Array, Ratio
@@ -42,7 +43,9 @@ class PartsCalibration:
         if self.steps:
             true = self._by_group(exact)
             given = self._by_group(own * self.factors)
-            self._judged.update(np.divide(given, true, out=np.ones_like(true), where=true > 0) - 1)
+            seen = true > 0
+            off = np.divide(given, true, out=np.ones_like(true), where=seen) - 1
+            self._judged.update(off, seen)
         self._own = DECAY * self._own + own / whole
         self._exact = DECAY * self._exact + exact / whole
         self.steps += 1
@@ -64,7 +67,7 @@ class PartsCalibration:
 
     @property
     def spread(self) -> Array | None:
-        """Root mean square of the relative errors at later exact steps, [n_groups]."""
+        """Root mean square of the relative errors at later exact steps, [n_groups]; NaN of none."""
         return self._judged.rms
 
     @property
@@ -166,40 +169,45 @@ def corrected(ratio: Ratio, factor: float, standard_error: float, *, level: floa
 
 
 class _Errors:
-    """Running mean and mean square of relative errors, [n_groups]."""
+    """Running mean and mean square of relative errors, [n_groups]; NaN of a group without any."""
 
     def __init__(self, n_groups: int) -> None:
-        self._weight = self._squares = 0.0
-        self._sum: Array = np.zeros(n_groups)
-        self._sum_sq: Array = np.zeros(n_groups)
+        self._weight, self._squares, self._sum, self._sum_sq = np.zeros((4, n_groups))
 
-    def update(self, errors: Array) -> None:
-        self._weight = DECAY * self._weight + 1
-        self._squares = DECAY**2 * self._squares + 1
-        self._sum = DECAY * self._sum + errors
-        self._sum_sq = DECAY * self._sum_sq + np.square(errors)
+    def update(self, errors: Array, seen: NDArray[np.bool_]) -> None:
+        """Take in a step, whose groups that are not `seen` have nothing to tell."""
+        keep = np.where(seen, DECAY, 1.0)
+        self._weight = keep * self._weight + seen
+        self._squares = keep**2 * self._squares + seen
+        self._sum = keep * self._sum + np.where(seen, errors, 0.0)
+        self._sum_sq = keep * self._sum_sq + np.where(seen, np.square(errors), 0.0)
 
     @property
     def rms(self) -> Array | None:
-        return np.sqrt(self._sum_sq / self._weight) if self._weight else None
+        return np.sqrt(self._mean(self._sum_sq)) if self._weight.any() else None
 
     @property
     def of_mean(self) -> Array | None:
         """A mean that differs from 0 is a drift; it counts in full."""
-        if not self._weight:
+        if not self._weight.any():
             return None
-        mean, p = self._sum / self._weight, self._squares / self._weight**2
-        spread = self._sum_sq / self._weight - np.square(mean)
-        own = np.maximum(spread, 0) * p / (1 - p) if p < 1 else 0.0
+        mean, p = self._mean(self._sum), self._mean(self._mean(self._squares))
+        spread = np.maximum(self._mean(self._sum_sq) - np.square(mean), 0)
+        own = np.divide(spread * p, 1 - p, out=np.zeros_like(p), where=p < 1)
         return np.asarray(np.sqrt(np.square(mean) + own))
+
+    def _mean(self, sums: Array) -> Array:
+        unknown = np.full_like(sums, np.nan)
+        return np.divide(sums, self._weight, out=unknown, where=self._weight > 0)
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "weights": [self._weight, self._squares],
+            "weight": self._weight.tolist(),
+            "squares": self._squares.tolist(),
             "sum": self._sum.tolist(),
             "sum_sq": self._sum_sq.tolist(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._weight, self._squares = state["weights"]
+        self._weight, self._squares = np.array(state["weight"]), np.array(state["squares"])
         self._sum, self._sum_sq = np.array(state["sum"]), np.array(state["sum_sq"])
