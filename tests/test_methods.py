@@ -562,3 +562,43 @@ def test_one_graph_and_the_same_norms_when_compiled(backend, methods, graphs):
             assert norms.missing == eager[method].missing
             expected = eager[method].parts_sq_norm
             np.testing.assert_allclose(norms.parts_sq_norm, expected, rtol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_a_compiled_sketch_of_a_tied_head_has_its_cross_terms():
+    torch._dynamo.reset()
+    model, batch = text(layers=1, width=24)  # fewer columns than rows
+    assert model.lm_head.weight is model.wte.weight
+    collector = PerExample(model, ["pepgns", "sketch"], subspace=10**6, strict=True)
+    for sketch in collector.taps.sketches.values():
+        sketch.passes = 0
+    call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    collector.arm(True)
+    loss_of(call, batch).backward()
+    found = collector.close()
+    i = collector.names.index("wte.weight")
+    tied = [found[m].parts_sq_norm[i] for m in ("pepgns", "sketch")]
+    expected = gnsmon.per_example_sq_norms(model, loss_of, batch)["wte.weight"].sum() / B**2
+    assert tied == pytest.approx([float(expected)] * 2, rel=1e-9)
+    assert not found["sketch"].missing
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_a_compiled_sketch_of_a_tied_head_is_unbiased():
+    torch._dynamo.reset()
+    model, batch = text(layers=1)
+    collector = PerExample(model, ["pepgns", "sketch"], subspace=2, strict=True)
+    for sketch in collector.taps.sketches.values():
+        sketch.passes = 0
+    call = torch.compile(model, backend="aot_eager", fullgraph=True)
+    i = collector.names.index("wte.weight")
+    drawn = []
+    for _ in range(200):
+        collector.arm(True)
+        model.zero_grad()
+        loss_of(call, batch).backward()
+        found = collector.close()
+        drawn.append(found["sketch"].parts_sq_norm[i])
+    exact = found["pepgns"].parts_sq_norm[i]
+    assert np.std(drawn) > 1e-3 * exact
+    assert abs(np.mean(drawn) - exact) < 4 * np.std(drawn) / math.sqrt(200)

@@ -441,6 +441,20 @@ def test_the_console_prints_the_first_and_the_last_and_little_between():
     assert lines[3].endswith("| 73% covered")
 
 
+def test_the_console_prints_advice_after_the_reading_that_it_is_on():
+    out = io.StringIO()
+    sink = Console(rich.console.Console(file=out), every=3600)
+    for step in range(3):
+        sink(at(step))
+    sink.advise("use 256", 256)
+    sink.close()
+    assert [line.split()[:2] for line in out.getvalue().splitlines()] == [
+        ["step", "0"],
+        ["step", "2"],
+        ["use", "256"],
+    ]
+
+
 def test_the_console_goes_on_once_its_time_has_passed():
     out = io.StringIO()
     sink = Console(rich.console.Console(file=out), every=0)

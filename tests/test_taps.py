@@ -161,3 +161,29 @@ def test_inputs_by_keyword():
     case = cases.Case("keywords", lambda: (model, batch), loss)
     collector, norms = collect(model, loss, batch)
     assert_equal(model, case, batch, norms, collector)
+
+
+class Squared(nn.Module):
+    """One tensor given twice to one layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Bilinear(5, 5, 3)
+
+    def forward(self, x):
+        return self.layer(x, x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_one_tensor_given_twice(backend):
+    torch._dynamo.reset()
+    model, batch = Squared().double(), torch.randn(cases.B, 5, dtype=torch.float64)
+    collector = PerExample(model, ["pepgns"], strict=True)
+    call = torch.compile(model, backend=backend, fullgraph=True) if backend else model
+    collector.arm(True)
+    cases.energy(call, batch).backward()
+    norms = collector.close()["pepgns"]
+    collector.remove()
+    case = cases.Case("squared", lambda: (model, batch), cases.energy)
+    assert_equal(model, case, batch, norms, collector)

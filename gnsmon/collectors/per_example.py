@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -39,6 +40,10 @@ from gnsmon.norms.ways import WAYS
 METHODS = {"pepgns": "exact", "sogns": "sogns", "sketch": "sketch", "norm_layers": "exact"}
 NOT_A_NORM = "it belongs to no normalisation layer, and method 'norm_layers' measures these alone"
 EXACT = "exact"  # in place of a method: what an approximate one is calibrated by
+NOT_JOINED = (
+    "it is used more than once, and its uses in a compiled model cannot be joined: they are in "
+    "different graphs, inside an activation checkpoint, or of a rule of your own"
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,10 @@ class _Pass:
     batch: int
     tokens: int | None
     weights: Tensor | None
+    forwards: int  # since the last backward
     uses: list[dict[str, Form]] = field(default_factory=list)  # of shared parameters
+    joined: set[str] = field(default_factory=set)  # parameters whose uses were among these
+    compiled: dict[LayerTap, Tensor] = field(default_factory=dict)  # uses, links of each parameter
 
 
 class PerExample:
@@ -192,9 +200,12 @@ class PerExample:
         if len(fired) > 1:
             self._backwards.fault = self._backwards.fault or SEVERAL
         self._enter_pass(*min(fired, default=(None, taps.batch)))
+        compiled = self._passes[-1].compiled
         for tap in taps.layers:
             if tap.probe.grad is not None:
                 self._layers[tap] = self._layers.get(tap, 0) + tap.probe.grad
+                tail = tap.probe.grad[-1 - len(tap.owned) :]
+                compiled[tap] = compiled.get(tap, 0) + tail
                 tap.probe.grad = None
         self._passes[-1].uses.extend(use for task, use in taps.deferred if task in tasks)
         taps.deferred.clear()
@@ -221,7 +232,7 @@ class PerExample:
                 "weights", "the last forward, whose weights are known, is another"
             )
         tokens = None if later else taps.tokens
-        self._passes.append(_Pass(serial, batch, tokens, taps.weights))
+        self._passes.append(_Pass(serial, batch, tokens, taps.weights, taps.forwards))
         taps.end_pass()
 
     def _discard(self) -> None:
@@ -245,6 +256,7 @@ class PerExample:
             pieces.append(form.sum_along(self.taps.directions[name]))
             joined = torch.cat([wide(piece) for piece in pieces])
             self._shared[name] = self._shared.get(name, 0) + joined
+            self._passes[-1].joined.add(name)
         uses.clear()
 
     def _close(self) -> Measured | Skipped:
@@ -258,13 +270,26 @@ class PerExample:
         if not self._passes:
             return self._nothing_fired()
         self._settle()
-        layers, shared, big, along, weights = to_host(
-            self._layers, self._shared, self._big, self._along, self._weight_sums()
+        layers, shared, big, along, weights, *compiled = to_host(
+            self._layers,
+            self._shared,
+            self._big,
+            self._along,
+            self._weight_sums(),
+            *(p.compiled for p in self._passes),
         )
         if not np.isfinite(sum(a[0] for a in big.values())):
             return Skipped("nonfinite", "the gradient has infinite or undefined values")
         batches = [p.batch for p in self._passes]
-        counts = {tap: int(vector[0]) for tap, vector in layers.items() if not tap.shared}
+        apart = self._apart(compiled)
+        counts = {}
+        for tap, vector in layers.items():
+            uses = [tails[tap][0] if tap in tails else 0.0 for tails in compiled]
+            if tap.shared and not sum(uses):
+                continue
+            extra = sum(max(n - 1, 0) * b for n, b in zip(uses, batches, strict=True))
+            again = any(apart.get(name) == NOT_JOINED for name in tap.names)
+            counts[tap] = int(vector[0] - (0 if again else extra))
         if counts and min(counts.values()) > sum(batches):
             return SEVERAL
         whole = sum(batches)
@@ -275,11 +300,11 @@ class PerExample:
                     f"{tap.path}: it saw {count} examples of {whole}; it is called several "
                     "times in one forward, or its batch is not the model's"
                 )
-        parts, proofs = self._by_parameter(layers, shared)
+        parts, proofs = self._by_parameter({tap: layers[tap] for tap in counts}, shared)
         return self._norms(
             parts,
             {name: a[0] for name, a in big.items()},
-            self._disprove(proofs, along, big),
+            self._disprove(proofs, along, big) | apart,
             whole,
             weights,
         )
@@ -363,6 +388,31 @@ class PerExample:
         sums = [weights.sum(), weights.square().sum(), weights.new_tensor(float(integral))]
         return {"sums": torch.stack(sums)}
 
+    def _apart(self, compiled: Sequence[Mapping[LayerTap, Array]]) -> dict[str, str]:
+        """Parameters with compiled uses of which two were not linked: no proof would show it."""
+        apart: dict[str, str] = {}
+        for p, tails in zip(self._passes, compiled, strict=True):
+            uses, linked = Counter(), Counter()
+            for tap, (calls, *links) in tails.items():
+                for name, received in zip(tap.names, links, strict=True):
+                    uses[name] += int(calls)
+                    linked[name] += int(received)
+            for name, k in uses.items():
+                if linked[name] != k * (k - 1) // 2 or (k and name in p.joined):
+                    again = p.forwards == 1 and k > self.taps.uses[name]
+                    apart[name] = self._called_again(name, k) if again else NOT_JOINED
+        return apart
+
+    def _called_again(self, name: str, uses: int) -> str:
+        """Have a parameter's uses linked that were more than its layers are."""
+        self.taps.uses[name] = uses
+        for tap in self._taps_of[name]:
+            tap.shared = True
+        return (
+            f"{self._taps_of[name][0].path}: used {uses} times in one compiled forward; joined "
+            "from the next step on"
+        )
+
     def _by_parameter(
         self, layers: dict[LayerTap, Array], shared: dict[str, Array]
     ) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -371,13 +421,12 @@ class PerExample:
         parts = {name: vector[:slots] for name, vector in shared.items()}
         proofs = {name: vector[slots:] for name, vector in shared.items()}
         for tap, vector in layers.items():
-            if tap.shared:
-                continue
             end = 1 + slots * len(tap.owned)
-            parts |= zip(tap.names, vector[1:end].reshape(-1, slots), strict=True)
+            statistics = vector[1:end].reshape(-1, slots)
             ends = end + np.cumsum([tap.rows[own] for own in tap.owned])
-            for (own, name), stop in zip(tap.pairs(), ends, strict=True):
-                proofs[name] = vector[stop - tap.rows[own] : stop]
+            for (own, name), sums, stop in zip(tap.pairs(), statistics, ends, strict=True):
+                parts[name] = parts.get(name, 0) + sums
+                proofs[name] = proofs.get(name, 0) + vector[stop - tap.rows[own] : stop]
         return parts, proofs
 
     def _disprove(
@@ -427,11 +476,6 @@ class PerExample:
             return UNUSED
         if name not in parts:
             tap = self._taps_of[name][0]
-            if tap.shared:
-                return (
-                    f"{tap.path}: its parameters are used more than once, and in a compiled model "
-                    "the uses cannot be joined"
-                )
             return (
                 f"{tap.path}: its parameters have a gradient, but its forward was not called, or "
                 "only under a transform such as vmap, or compiled with its batch axis lost"

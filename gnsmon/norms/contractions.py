@@ -78,6 +78,28 @@ def outer_rows_inner(left: Tensor, right: Tensor, index: Tensor, value: Tensor) 
     return _chunked(part, len(index), index.shape[1], row_bytes=row_bytes)
 
 
+def outer_inner(left: Tensor, right: Tensor, left2: Tensor, right2: Tensor) -> Tensor:
+    """<sum_s left_bgs (x) right_bgs, sum_t left2_bgt (x) right2_bgt> summed over g, [B].
+
+    left [B, G, S, m], right [B, G, S, n], left2 [B, G, T, m], right2 [B, G, T, n]; by whichever is
+    smaller, two gradients [m, n] or two Gram matrices [S, T]. It is there to be differentiated,
+    which keeps them, so that pieces would save nothing.
+    """
+    left, right, left2, right2 = (wide(t) for t in (left, right, left2, right2))
+    if left.shape[2] * left2.shape[2] < left.shape[3] * right.shape[3]:
+        return ((left @ left2.mT) * (right @ right2.mT)).sum((1, 2, 3))
+    return ((left.mT @ right) * (left2.mT @ right2)).sum((1, 2, 3))
+
+
+def rows_inner(index: Tensor, value: Tensor, index2: Tensor, value2: Tensor) -> Tensor:
+    """<sum_s e_index_bs (x) value_bs, sum_t e_index2_bt (x) value2_bt> for each example, [B].
+
+    index [B, S], value [B, S, n], index2 [B, T], value2 [B, T, n], at S T n.
+    """
+    meet = index[:, :, None] == index2[:, None]
+    return ((wide(value) @ wide(value2).mT) * meet).sum((1, 2))
+
+
 def sogns_sq_norms(left: Tensor, right: Tensor, *, unit_variance: bool = False) -> Tensor:
     """SOGNS approximation of `outer_sq_norms`, [B], at one pass over each factor.
 

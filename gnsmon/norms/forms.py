@@ -290,7 +290,7 @@ class Joined(Form):
     def sq_norms(self) -> Tensor:  # noqa: D102
         parts = _merged(self.parts)
         squared = [part.sq_norms() for part in parts]
-        crossed = [2 * _inner(a, b) for i, a in enumerate(parts) for b in parts[i + 1 :]]
+        crossed = [2 * inner(a, b) for i, a in enumerate(parts) for b in parts[i + 1 :]]
         return torch.stack(squared + crossed).sum(0)  # unlike +, refuses another number of examples
 
     def sogns_sq_norms(self, *, unit_variance: bool = False) -> Tensor:  # noqa: D102
@@ -316,6 +316,20 @@ class Joined(Form):
         return sum(part.dense() for part in self.parts)
 
 
+def inner(a: Form, b: Form) -> Tensor:
+    """<a_b, b_b> for each example, [B], of the forms of one parameter; differentiable in both."""
+    if isinstance(b, Outer) and not isinstance(a, Outer):
+        a, b = b, a
+    if isinstance(a, Outer) and isinstance(b, Outer) and a.left.shape[1] == b.left.shape[1]:
+        return contractions.outer_inner(a.left, a.right, b.left, b.right)
+    if isinstance(a, Outer) and isinstance(b, Rows) and a.left.shape[1] == 1:
+        return contractions.outer_rows_inner(a.left[:, 0], a.right[:, 0], b.index, b.value)
+    if isinstance(a, Rows) and isinstance(b, Rows):
+        return contractions.rows_inner(a.index, a.value, b.index, b.value)
+    product = wide(a.dense()) * wide(b.dense())
+    return product.reshape(len(product), -1).sum(1)
+
+
 def _parts(form: Form) -> tuple[Form, ...]:
     return form.parts if isinstance(form, Joined) else (form,)
 
@@ -337,14 +351,6 @@ def _merged(parts: tuple[Form, ...]) -> list[Form]:
     if dense:
         merged.append(Dense(torch.stack([wide(p.grad) for p in dense]).sum(0)))
     return merged + [p for p in parts if not isinstance(p, (Outer, Rows, Dense))]
-
-
-def _inner(a: Form, b: Form) -> Tensor:
-    """<a_b, b_b> for each example, [B], of two parts in the order of `_merged`."""
-    if isinstance(a, Outer) and isinstance(b, Rows) and a.left.shape[1] == 1:
-        return contractions.outer_rows_inner(a.left[:, 0], a.right[:, 0], b.index, b.value)
-    product = wide(a.dense()) * wide(b.dense())
-    return product.reshape(len(product), -1).sum(1)
 
 
 def _per_example(weights: Tensor, like: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gnsmon.norms import links
 from gnsmon.norms.contractions import wider
 from gnsmon.norms.forms import Form
 from gnsmon.norms.inputs import Announce, Inert, in_backward, is_transformed, read_batch
@@ -72,8 +73,9 @@ class LayerTap:
     Without a rule, the layer is replayed.
 
     The probe is one vector: the number of examples; for each of the layer's parameters what each
-    of `Taps.ways` gives, `ABSENT` where the rule gives nothing; and each parameter's
-    `Form.sum_along`, to be compared with `.grad`.
+    of `Taps.ways` gives, `ABSENT` where the rule gives nothing; each parameter's `Form.sum_along`,
+    to be compared with `.grad`; and, as `links` tells them apart, the number of compiled uses and
+    for each parameter that of the links received.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class LayerTap:
         self._seen_apart = False  # the batch axis was once of another size than any other
         self._irregular = False  # its last rows had nothing to do with the batch
         p = next(iter(own.values()))
-        size = 1 + taps.slots * len(own) + sum(self.rows.values())
+        size = 2 + (1 + taps.slots) * len(own) + sum(self.rows.values())
         # A sketch's variance is of fourth powers, which leave the range of float32.
         self.probe = torch.zeros(size, dtype=torch.float64, device=p.device, requires_grad=True)
 
@@ -138,7 +140,10 @@ class LayerTap:
             return None
         if layout is not None and call is not None:
             layout = replace(layout, call=call)
-        y = _Tap.apply(y, self.probe, self, layout, *x)
+        if layout is not None and links.possible(self):
+            y = links.tapped(self, y, layout, x)
+        else:
+            y = _Tap.apply(y, self.probe, self, layout, *x)
         return y if at is None else type(output)((*output[:at], y, *output[at + 1 :]))
 
     def _tapped(self, output: Any) -> tuple[int | None, Tensor | None]:
@@ -181,7 +186,7 @@ class LayerTap:
     def _compiled_rows(self, x: tuple[Tensor, ...], output: Tensor) -> Layout | None:
         """As `_rows`, from this call alone: what it remembered would be a guard of the graph."""
         taps = self.taps
-        if self.shared or output.ndim <= taps.batch_dim:
+        if output.ndim <= taps.batch_dim:
             return None
         if taps.square and not isinstance(self.module, BATCH_FIRST):
             return None
@@ -293,12 +298,15 @@ class LayerTap:
     def _statistics(self, x: Sequence[Tensor], dy: Tensor, layout: Layout) -> Tensor:
         if layout.call is not None:
             return self._replayed(layout.call, x, dy, layout)
+        return self._vector(self.forms(x, dy, layout), layout)
+
+    def forms(self, x: Sequence[Tensor], dy: Tensor, layout: Layout) -> dict[str, Form]:
+        """What the layer's rule gives, by the layer's own names."""
         assert self.rule is not None
         inputs = [layout.batch_first(t) if t.ndim else t for t in x]
-        forms = self.rule(
+        return self.rule(
             self.module, inputs[0] if len(inputs) == 1 else tuple(inputs), layout.batch_first(dy)
         )
-        return self._vector(forms, layout)
 
     def _replayed(self, call: Call, x: Sequence[Tensor], dy: Tensor, layout: Layout) -> Tensor:
         """The statistics, which are sums over the examples, of a few examples at a time."""
@@ -324,11 +332,13 @@ class LayerTap:
     def _vector(self, forms: Mapping[str, Form], layout: Layout) -> Tensor:
         if layout.rows_per_example > 1:
             forms = {name: form.regroup(layout.batch) for name, form in forms.items()}
-        if self.shared:
+        compiled = torch.compiler.is_compiling()
+        deferred = self.shared and not compiled
+        if deferred:
             uses = {name: forms[own] for own, name in self.pairs() if own in forms}
             self.taps.deferred.append((torch._C._current_graph_task_id(), uses))
         like = self.probe
-        mine = {} if self.shared else forms
+        mine = {} if deferred else forms
         pieces = [like.new_full((1,), float(layout.batch))]
         for own in self.owned:
             for name in self.taps.ways:
@@ -336,11 +346,12 @@ class LayerTap:
                 if asked and own in mine:
                     pieces.append(way.sums(mine[own], self.sketches.get(own)))
                 else:
-                    absent = ABSENT if asked and not self.shared else 0.0
+                    absent = ABSENT if asked and not deferred else 0.0
                     pieces.append(like.new_full((way.width,), absent))
         for own in self.owned:
             along = mine[own].sum_along(self.directions[own]) if own in mine else None
             pieces.append(like.new_zeros(self.rows[own]) if along is None else along)
+        pieces += [like.new_full((1,), float(compiled)), like.new_zeros(len(self.owned))]
         return torch.cat([piece.to(like.dtype) for piece in pieces])
 
 
@@ -371,6 +382,7 @@ class Taps:
         self.model, self.ways, self.batch_dim = model, tuple(ways), batch_dim
         self.slots = sum(WAYS[way].width for way in ways)
         self.weigh, self.strict = weigh, strict
+        self.tracing = links.tracer(model)
         if lazy := [n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)]:
             raise ValueError(
                 f"{lazy[0]} has no shape yet: call the model once before attach, so that its lazy "
@@ -403,9 +415,9 @@ class Taps:
         self._bypassed: set[int] = set()  # layers whose parameters another's tap looks after
         for path, module in model.named_modules():
             self._tap(path, module)
-        uses = Counter(name for tap in self.layers for name in tap.names)
+        self.uses = Counter(name for tap in self.layers for name in tap.names)
         for tap in self.layers:
-            tap.shared = any(uses[name] > 1 for name in tap.names)
+            tap.shared = any(self.uses[name] > 1 for name in tap.names)
             for name in tap.names:
                 # Held by a module without a tap too, as a masked language model's head does; the
                 # proof against .grad shows whether that one uses it.
@@ -413,6 +425,8 @@ class Taps:
         self.directions = {
             name: tap.directions[own] for tap in self.layers for own, name in tap.pairs()
         }
+        for tap in self.layers:  # the uses of one parameter along one direction
+            tap.directions = {own: self.directions[name] for own, name in tap.pairs()}
         self.forwards = 0  # since the last backward
         self.serial = 0  # of the present forward, eager only
         self.square = False  # the batch is as large as another axis of the input
@@ -483,6 +497,7 @@ class Taps:
         """The batch has had its backward; the next forward begins another."""
         self.forwards = 0
         self.stale = True
+        self.links: dict[str, tuple[links.Use, ...]] = {}  # in the graph being compiled
         self.inputs: list[Tensor] = []
         self.weights: Tensor | None = None
         self._draw()
@@ -502,6 +517,7 @@ class Taps:
         self.active, self.rooted = self.wanted, True
         if not self.wanted:
             return
+        self.links = {}
         found = read_batch(args, kwargs, self.batch_dim)
         self.inputs, self.tokens = found.carriers, found.tokens
         self._begin_pass(found.size)
@@ -580,11 +596,16 @@ def _in_checkpoint() -> bool:
 def _tensors(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, ...]:
-    """The tensors given to forward, in the order of its signature."""
+    """The tensors given to forward, in the order of its signature, each an object of its own."""
     values = list(args)
     if kwargs:
         values += [kwargs[name] for name in _parameter_names(type(module)) if name in kwargs]
-    return tuple(v for v in values if isinstance(v, Tensor))
+    tensors: list[Tensor] = []
+    for v in values:
+        if isinstance(v, Tensor):
+            # A compiled graph refuses to be given one tensor twice (torch 2.13).
+            tensors.append(v.detach() if any(v is other for other in tensors) else v)
+    return tuple(tensors)
 
 
 @lru_cache

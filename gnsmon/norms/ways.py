@@ -17,6 +17,7 @@ class Way(NamedTuple):
 
     width: int
     sums: Callable[[Form, Sketch | None], Tensor]  # [width]: the sum and, of two, its variance
+    crossed: bool  # whether two uses of a parameter bring cross terms
 
 
 def _exact(form: Form, sketch: Sketch | None) -> Tensor:
@@ -35,4 +36,8 @@ def _sketch(form: Form, sketch: Sketch | None) -> Tensor:
     return torch.stack([estimates.sum().to(variance.dtype), variance])
 
 
-WAYS = {"exact": Way(1, _exact), "sogns": Way(1, _sogns), "sketch": Way(2, _sketch)}
+WAYS = {
+    "exact": Way(1, _exact, crossed=True),
+    "sogns": Way(1, _sogns, crossed=False),
+    "sketch": Way(2, _sketch, crossed=True),
+}

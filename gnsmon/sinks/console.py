@@ -41,11 +41,15 @@ class Console:
             self._print(reading.method)
 
     def advise(self, text: str, suggested: int | None) -> None:
-        """Print the advice."""
+        """Print the advice, after the last readings."""
+        self._print_held()
         self._say(Text(text, style="bold"))
 
     def close(self) -> None:
         """Print the last readings, where they were held back."""
+        self._print_held()
+
+    def _print_held(self) -> None:
         for method in list(self._held):
             self._print(method)
 
