@@ -185,8 +185,7 @@ def _caveats(
     if proxy:
         why = PROXIES.get(reading.method.partition("+")[0], "nothing says how far off it is")
         caveats.append(
-            f"{reading.method!r} is a proxy of uncalibrated bias ({why}); set calibrate_every=, or "
-            "compare it with method 'pepgns' on this model before acting on it"
+            f"{reading.method!r} is a proxy of uncalibrated bias ({why}); {_remedy(reading)}"
         )
     elif known is not None and known.exact_steps and known.standard_error is None:
         caveats.append("calibrated by a single exact step: how far off it is will show at the next")
@@ -214,6 +213,16 @@ def _caveats(
             "its best; under Adam-like optimizers it can be off by an order of magnitude or more"
         )
     return caveats
+
+
+def _remedy(reading: Reading) -> str:
+    known = reading.approximation
+    steps = 0 if known is None else known.exact_steps
+    if steps:
+        return f"no calibration can be told yet from {steps} exact steps; let the run go on"
+    return (
+        "set calibrate_every=, or compare it with method 'pepgns' on this model before acting on it"
+    )
 
 
 def _number(x: float | None) -> str:

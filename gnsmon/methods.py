@@ -16,7 +16,7 @@ from gnsmon.collectors.reduction import Ranks
 from gnsmon.collectors.step import Skipped, StepNorms
 from gnsmon.config import MonitorConfig
 from gnsmon.estimators.calibration import PartsCalibration, RatioCalibration, corrected
-from gnsmon.estimators.moments import moments
+from gnsmon.estimators.moments import moments, obstacle
 from gnsmon.estimators.values import Approximation, Array, NormPair, Ratio
 
 PATIENCE = 3
@@ -91,7 +91,7 @@ class Method:
         self.last: StepNorms | None = None
         self.last_step: int | None = None
         self.faults = 0  # in a row
-        self._factors: list[Any] = []  # of the groups, in the present step
+        self._own: list[bool] = []  # groups that the first source measured, in the present step
         self._parts = PartsCalibration(len(names), by_group) if self.first == "sogns" else None
         self._ratio = RatioCalibration() if self.first == "norm_layers" else None
 
@@ -106,11 +106,9 @@ class Method:
         if isinstance(first, StepNorms) and isinstance(exact, StepNorms):
             self._calibrate(first, exact)
         if isinstance(first, StepNorms) and self._parts is not None and self._parts.steps:
-            own = first.parts_sq_norm
-            first = replace(first, parts_sq_norm=own * self._parts.factors)
-            sums = self._by_group(first.parts_sq_norm), self._by_group(own)
-            self._factors = _divided(*sums)
+            first = replace(first, parts_sq_norm=first.parts_sq_norm * self._parts.factors)
         rest = found[self.rest] if self.rest else None
+        self._own = self._groups_of(first)
         if isinstance(first, Skipped) and first.reason in NO_EXAMPLES:
             return rest or first
         if isinstance(first, StepNorms) and isinstance(rest, StepNorms):
@@ -120,10 +118,15 @@ class Method:
             return combined(first, rest, self._names)
         return rest if isinstance(rest, Skipped) else first
 
+    def _groups_of(self, first: Outcome) -> list[bool]:
+        gone = first.missing if isinstance(first, StepNorms) else self._names
+        kept = self._by_group(np.array([name not in gone for name in self._names], dtype=float))
+        return [bool(n) or not self.rest for n in kept]
+
     def _calibrate(self, own: StepNorms, exact: StepNorms) -> None:
         if self._parts is not None:
             self._parts.update(own.parts_sq_norm, exact.parts_sq_norm)
-        if self._ratio is not None:
+        if self._ratio is not None and obstacle(self.pair(exact)) is None:
             self._ratio.update(_total(own), _total(exact))
 
     def pair(self, norms: StepNorms) -> NormPair:
@@ -148,8 +151,8 @@ class Method:
         if errors is None:
             return list(found)
         amplified = [
-            error * (1 + (ratio.b_simple or ratio.low or 0.0) / examples)
-            for ratio, error in zip(found, errors, strict=True)
+            (error or 0.0) * (1 + (ratio.b_simple or ratio.low or 0.0) / examples) * own
+            for ratio, error, own in zip(found, _listed(errors, len(found)), self._own, strict=True)
         ]
         return [
             corrected(ratio, 1.0, error, level=self._level)
@@ -159,20 +162,21 @@ class Method:
     def approximations(
         self, norms: StepNorms, ratios: Sequence[Ratio]
     ) -> list[Approximation | None]:
-        """How good the norms are, of every group; None where they are exact."""
-        if self.first not in ("sogns", "norm_layers", "sketch"):
-            return [None] * len(ratios)
+        """How good the norms are, of every group; None where the source is not approximate."""
         n = len(ratios)
+        if self._ratio is not None:
+            # The norm layers' own norms are exact; the factor is on b_simple, so nothing amplifies.
+            of = self._ratio
+            total = Approximation(of.factor, None, of.standard_error, of.steps, None)
+            return [total, *[None] * (n - 1)]
+        if self.first not in ("sogns", "sketch"):
+            return [None] * n
         factor, spread, error = ([None] * n for _ in range(3))
         steps = 0
         if self._parts is not None and (steps := self._parts.steps):
-            factor = self._factors
+            factor = self._parts.group_factors.tolist()
             spread = _listed(self._parts.spread, n)
             error = _listed(self._parts.standard_error, n)
-        elif self._ratio is not None:
-            steps = self._ratio.steps
-            factor[0], error[0] = self._ratio.factor, self._ratio.standard_error
-            factor[1:] = [1.0] * (n - 1)
         elif norms.parts_variance is not None:
             parts = self._by_group(norms.parts_sq_norm)
             error = _divided(np.sqrt(self._by_group(norms.parts_variance)), parts)
@@ -185,6 +189,8 @@ class Method:
                 exact_steps=steps,
                 amplification=None if r.b_simple is None else 1 + r.b_simple / norms.examples,
             )
+            if self._own[i]
+            else None
             for i, r in enumerate(ratios)
         ]
 
@@ -216,4 +222,4 @@ def _divided(a: Array, b: Array) -> list[Any]:
 
 
 def _listed(values: Array | None, n: int) -> list[Any]:
-    return [None] * n if values is None else values.tolist()
+    return [None] * n if values is None else [None if x != x else x for x in values.tolist()]

@@ -25,6 +25,7 @@ BASE = {
     "overhead": None,
 }
 UNCALIBRATED = Approximation(None, None, None, 0, 5.0)
+EARLY = Approximation(None, None, None, 3, None)
 ONCE = Approximation(1.2, None, None, 1, 5.0)
 LOWER = {"status": "lower_bound", "b_simple": None, "high": None, "reason": "not yet"}
 UNDEFINED = {"status": "undefined", "b_simple": None, "low": None, "high": None}
@@ -146,6 +147,10 @@ def test_tokens():
         (
             {"method": "norm_layers", "approximation": UNCALIBRATED},
             "'norm_layers' is a proxy",
+        ),
+        (
+            {"method": "norm_layers", "approximation": EARLY},
+            "no calibration can be told yet from 3 exact steps; let the run go on",
         ),
         ({"method": "sogns", "approximation": ONCE}, "calibrated by a single exact step"),
         ({"coverage": 0.93}, "93% of the trainable parameters"),

@@ -59,6 +59,25 @@ def test_a_drift_counts_in_full():
     assert calibration.standard_error[1] > 0.1  # ten steps' memory behind by 2 % each
 
 
+def test_a_group_is_judged_only_by_steps_in_which_it_has_a_gradient():
+    found = []
+    for pause in (1, 3):  # exact steps without it after each with it
+        rng, calibration = np.random.default_rng(0), PartsCalibration(3, by_group)
+        for step in range(60 * (pause + 1)):
+            exact = rng.uniform(0.5, 2, 3) if step % (pause + 1) == 0 else np.array([1.0, 0, 0])
+            own = noisy(rng, exact, np.ones(3), 0.2) if step % (pause + 1) == 0 else exact
+            calibration.update(own, exact)
+        found.append((calibration.spread[2], calibration.standard_error[2]))
+    for spread, error in found:
+        assert 0.1 < spread < 0.25
+        assert 0.15 < error / spread < 1
+    never = PartsCalibration(3, by_group)
+    for _ in range(3):
+        never.update(np.array([1.0, 0, 0]), np.array([1.0, 0, 0]))
+    assert np.isnan(never.spread[2])
+    assert np.isnan(never.standard_error[2])
+
+
 def test_a_parameter_not_seen_takes_the_total_factor():
     calibration = PartsCalibration(3, by_group)
     calibration.update(np.array([1.0, 1.0, 0.0]), np.array([2.0, 4.0, 0.0]))
@@ -110,6 +129,14 @@ def test_state_goes_through_json(make):
     one.update(*args)
     other.update(*args)
     assert other.state_dict() == one.state_dict()
+
+
+def test_the_state_of_another_model_is_refused():
+    state = calibrated(3)[0].state_dict()
+    other = PartsCalibration(4, lambda values: values[:2])
+    with pytest.raises(ValueError, match="expected 4 parameters, got 3 in the saved state"):
+        other.load_state_dict(state)
+    assert other.steps == 0
 
 
 def test_errors_add_in_quadrature_on_the_scale_of_logarithms():

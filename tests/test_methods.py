@@ -1,6 +1,7 @@
 """What each method makes of a step: sketch, calibration, norm layers, two sources in one."""
 
 import math
+import re
 
 import cases
 import numpy as np
@@ -16,6 +17,7 @@ from gnsmon.collectors.per_example import PerExample
 from gnsmon.collectors.step import Skipped, StepNorms
 from gnsmon.demo.models import CharGPT
 from gnsmon.estimators import NormPair, moments
+from gnsmon.sinks.wording import approximation
 
 B, T, WORDS = 6, 24, 40
 
@@ -151,6 +153,22 @@ def test_a_gradient_that_overflows_leaves_the_subspaces_sound():
         torch.testing.assert_close(q.mT @ q, torch.eye(q.shape[1]), rtol=0, atol=1e-5)
 
 
+def test_the_error_of_a_sketch_is_told_at_any_scale_of_the_loss():
+    """It is of fourth powers of the gradient, which leave the range of float32 long before it."""
+    said = []
+    for scale in (1.0, 1e-12, 1e12):
+        model, batch = text(torch.float32, layers=1)
+        collector = PerExample(model, ["sketch"], subspace=2, strict=True)
+        for sketch in collector.taps.sketches.values():
+            sketch.passes = 0
+        collector.arm(True)
+        (loss_of(model, batch) * scale).backward()
+        found = collector.close()["sketch"]
+        said.append(math.sqrt(found.parts_variance.sum()) / found.parts_sq_norm.sum())
+    assert said[0] > 1e-3
+    assert said == pytest.approx([said[0]] * 3, rel=1e-4)
+
+
 def test_the_reading_of_a_sketch_says_its_error(tmp_path):
     model, batch = text()
     _, kept = train(model, batch, 3, method="sketch", tmp_path=tmp_path)
@@ -258,6 +276,25 @@ def test_calibrated_norm_layers_follow_the_whole_model(tmp_path):
     assert abs(math.log(factor)) > 0.02  # which the law alone would not give
     uncorrected = math.log(norms.b_simple / factor / exact.b_simple)
     assert abs(uncorrected) > abs(math.log(norms.b_simple / exact.b_simple))
+
+
+def test_the_factor_of_norm_layers_is_said_to_be_one_of_the_noise_scale(tmp_path):
+    model, batch = text()
+    options = {"method": "norm_layers", "calibrate_every": 1, "groups": "layer"}
+    _, kept = train(model, batch, 12, tmp_path=tmp_path, **options)
+    reading = kept["norm_layers"][-1]
+    assert re.fullmatch(r"corrected by [\d.]+, which is known to [\d.]+%", approximation(reading))
+    assert reading.groups["norm"].approximation is None  # exact
+
+
+def test_an_exact_step_of_a_single_example_calibrates_nothing(tmp_path):
+    model, batch = text()
+    one = tuple(t[:1] for t in batch)
+    options = {"method": "norm_layers", "calibrate_every": 1, "tmp_path": tmp_path}
+    with pytest.warns(RuntimeWarning, match="one part"):
+        gns, kept = train(model, one, 4, **options)
+    assert gns.skipped == {"one part": 4}
+    assert not kept
 
 
 def test_norm_layers_of_a_model_without_any_is_refused():
@@ -423,6 +460,38 @@ def test_another_source_takes_what_has_no_rule(tmp_path):
         parts = sum(getattr(r.groups["1"].raw, moment) for r in both)
         rest = sum(getattr(r.raw, moment) for r in fine)
         assert a.sum() == pytest.approx(parts + rest, rel=1e-9)
+
+
+def test_only_what_the_approximate_source_measured_is_called_approximate(tmp_path):
+    model = gated()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    methods = ["sogns+microbatch", "sketch+microbatch"]
+    options = {"every": 1, "calibrate_every": 1, "strict": True, "run_dir": tmp_path}
+    groups = lambda name: "own" if name == "1.scale" else "others"  # noqa: E731
+    with gnsmon.attach(model, optimizer, method=methods, groups=groups, **options) as gns:
+        for _ in range(3):
+            optimizer.zero_grad()
+            for _ in range(2):
+                model(torch.randn(4, 5, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+    for method in methods:
+        reading = gns.readings[method]
+        assert reading.approximation.factor == pytest.approx(1)
+        assert reading.groups["others"].approximation.factor == pytest.approx(1)
+        assert reading.groups["own"].approximation is None
+
+
+def test_where_another_source_measures_all_nothing_is_approximate(tmp_path):
+    model = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Linear(5, 1)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    options = {"every": 1, "groups": "total", "strict": True, "run_dir": tmp_path}
+    with gnsmon.attach(model, optimizer, method="sogns+microbatch", **options) as gns:
+        for _ in range(2):
+            optimizer.zero_grad()
+            for _ in range(2):
+                model(torch.randn(4, 5, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+    assert gns.reading.approximation is None
 
 
 def test_where_examples_are_coupled_the_other_source_measures_all(tmp_path):

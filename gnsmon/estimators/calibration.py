@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import ndtri  # type: ignore[import-untyped]
 
 from gnsmon.estimators.values import Array, Ratio
@@ -42,7 +43,9 @@ class PartsCalibration:
         if self.steps:
             true = self._by_group(exact)
             given = self._by_group(own * self.factors)
-            self._judged.update(np.divide(given, true, out=np.ones_like(true), where=true > 0) - 1)
+            seen = true > 0
+            off = np.divide(given, true, out=np.ones_like(true), where=seen) - 1
+            self._judged.update(off, seen)
         self._own = DECAY * self._own + own / whole
         self._exact = DECAY * self._exact + exact / whole
         self.steps += 1
@@ -50,13 +53,21 @@ class PartsCalibration:
     @property
     def factors(self) -> Array:
         """What to multiply by, [n_parameters]; of a parameter not seen yet, the total's."""
-        total = self._exact.sum() / own if (own := self._own.sum()) > 0 else 1.0
-        unseen = np.full_like(self._own, total)
-        return np.divide(self._exact, self._own, out=unseen, where=self._own > 0)
+        return self._divided(self._exact, self._own)
+
+    @property
+    def group_factors(self) -> Array:
+        """What they come to on average, [n_groups]."""
+        return self._divided(self._by_group(self._exact), self._by_group(self._own))
+
+    def _divided(self, exact: Array, own: Array) -> Array:
+        whole = self._own.sum()
+        unseen = np.full_like(own, self._exact.sum() / whole if whole > 0 else 1.0)
+        return np.divide(exact, own, out=unseen, where=own > 0)
 
     @property
     def spread(self) -> Array | None:
-        """Root mean square of the relative errors at later exact steps, [n_groups]."""
+        """Root mean square of the relative errors at later exact steps, [n_groups]; NaN of none."""
         return self._judged.rms
 
     @property
@@ -70,7 +81,12 @@ class PartsCalibration:
         return {"steps": self.steps, **sums, "judged": self._judged.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`."""
+        """Continue from `state_dict`; raises ValueError on that of another model."""
+        if len(state["own"]) != len(self._own):
+            raise ValueError(
+                f"calibration: expected {len(self._own)} parameters, got {len(state['own'])} in "
+                "the saved state; attach to the same model as the saved run, or start afresh"
+            )
         self.steps = int(state["steps"])
         self._own, self._exact = (np.array(state[key]) for key in ("own", "exact"))
         self._judged.load_state_dict(state["judged"])
@@ -153,40 +169,45 @@ def corrected(ratio: Ratio, factor: float, standard_error: float, *, level: floa
 
 
 class _Errors:
-    """Running mean and mean square of relative errors, [n_groups]."""
+    """Running mean and mean square of relative errors, [n_groups]; NaN of a group without any."""
 
     def __init__(self, n_groups: int) -> None:
-        self._weight = self._squares = 0.0
-        self._sum: Array = np.zeros(n_groups)
-        self._sum_sq: Array = np.zeros(n_groups)
+        self._weight, self._squares, self._sum, self._sum_sq = np.zeros((4, n_groups))
 
-    def update(self, errors: Array) -> None:
-        self._weight = DECAY * self._weight + 1
-        self._squares = DECAY**2 * self._squares + 1
-        self._sum = DECAY * self._sum + errors
-        self._sum_sq = DECAY * self._sum_sq + np.square(errors)
+    def update(self, errors: Array, seen: NDArray[np.bool_]) -> None:
+        """Take in a step, whose groups that are not `seen` have nothing to tell."""
+        keep = np.where(seen, DECAY, 1.0)
+        self._weight = keep * self._weight + seen
+        self._squares = keep**2 * self._squares + seen
+        self._sum = keep * self._sum + np.where(seen, errors, 0.0)
+        self._sum_sq = keep * self._sum_sq + np.where(seen, np.square(errors), 0.0)
 
     @property
     def rms(self) -> Array | None:
-        return np.sqrt(self._sum_sq / self._weight) if self._weight else None
+        return np.sqrt(self._mean(self._sum_sq)) if self._weight.any() else None
 
     @property
     def of_mean(self) -> Array | None:
         """A mean that differs from 0 is a drift; it counts in full."""
-        if not self._weight:
+        if not self._weight.any():
             return None
-        mean, p = self._sum / self._weight, self._squares / self._weight**2
-        spread = self._sum_sq / self._weight - np.square(mean)
-        own = np.maximum(spread, 0) * p / (1 - p) if p < 1 else 0.0
+        mean, p = self._mean(self._sum), self._mean(self._mean(self._squares))
+        spread = np.maximum(self._mean(self._sum_sq) - np.square(mean), 0)
+        own = np.divide(spread * p, 1 - p, out=np.zeros_like(p), where=p < 1)
         return np.asarray(np.sqrt(np.square(mean) + own))
+
+    def _mean(self, sums: Array) -> Array:
+        unknown = np.full_like(sums, np.nan)
+        return np.divide(sums, self._weight, out=unknown, where=self._weight > 0)
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "weights": [self._weight, self._squares],
+            "weight": self._weight.tolist(),
+            "squares": self._squares.tolist(),
             "sum": self._sum.tolist(),
             "sum_sq": self._sum_sq.tolist(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._weight, self._squares = state["weights"]
+        self._weight, self._squares = np.array(state["weight"]), np.array(state["squares"])
         self._sum, self._sum_sq = np.array(state["sum"]), np.array(state["sum_sq"])

@@ -77,7 +77,8 @@ class Sketch:
         `refine` turns the subspace further towards these gradients, by one iteration of its own.
         The variance is itself estimated, from the same probes: that of v' C v is
         2 (|C|² - sum C_ii²), and E |C v|² = |C|². The diagonal is neglected, so that it is a little
-        too large. Without need of a sketch the norms are exact.
+        too large; it is float64, for fourth powers of gradients leave the range of float32. Without
+        need of a sketch the norms are exact.
         """
         if not self.pays(form):
             exact = form.sq_norms()
@@ -94,4 +95,4 @@ class Sketch:
         curved = curved - basis @ (basis.mT @ curved)
         # Examples that share a probe err together.
         together = torch.zeros_like(self.probes).index_add(0, mine, curved)
-        return estimates, 2 * together.square().sum() / rest.shape[2] ** 2
+        return estimates, 2 * together.double().square().sum() / rest.shape[2] ** 2

@@ -105,7 +105,8 @@ class LayerTap:
         self._irregular = False  # its last rows had nothing to do with the batch
         p = next(iter(own.values()))
         size = 2 + (1 + taps.slots) * len(own) + sum(self.rows.values())
-        self.probe = torch.zeros(size, dtype=wider(p.dtype), device=p.device, requires_grad=True)
+        # A sketch's variance is of fourth powers, which leave the range of float32.
+        self.probe = torch.zeros(size, dtype=torch.float64, device=p.device, requires_grad=True)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

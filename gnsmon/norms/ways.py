@@ -33,7 +33,7 @@ def _sketch(form: Form, sketch: Sketch | None) -> Tensor:
         exact = _exact(form, None)
         return torch.cat([exact, torch.zeros_like(exact)])
     estimates, variance = sketch.sq_norms(form)
-    return torch.stack([estimates.sum(), variance])
+    return torch.stack([estimates.sum().to(variance.dtype), variance])
 
 
 WAYS = {

@@ -39,12 +39,13 @@ def approximation(reading: Reading | GroupReading) -> str:
     if known is None:
         return ""
     if known.factor is None:
-        return "a proxy, not calibrated"
+        return "a proxy, not calibrated" + " yet" * bool(known.exact_steps)
     words = [f"corrected by {known.factor:.2g}"] if known.exact_steps else []
     if known.spread is not None:
         words.append(f"{known.spread:.1%} off at later exact steps")
     elif known.standard_error is not None:
-        words.append(f"norms known to {known.standard_error:.1%}")
+        what = "which is" if known.exact_steps else "norms"
+        words.append(f"{what} known to {known.standard_error:.1%}")
     if known.amplification is not None:
         words.append(f"errors count {known.amplification:.2g} times in |G|²")
     return ", ".join(words)
