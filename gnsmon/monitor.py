@@ -45,6 +45,7 @@ from gnsmon.estimators.values import SCHEMA, Array
 from gnsmon.methods import PATIENCE, Method, Outcome, sources
 from gnsmon.sinks import SinkSet, open_sink
 
+OVERFLOWS = 10  # in a row after which they are no longer a scaler's search
 TOTAL = ""  # key of the total among the groups
 
 
@@ -204,6 +205,7 @@ class Monitor:
         self.skipped: Counter[str] = Counter()  # reason -> measurements dropped
         self.readings: dict[str, Reading] = {}  # method -> its last reading
         self._first_step = 0
+        self._overflows = 0  # in a row
         self._told: set[str] = set()  # parameters whose absence was warned of
         self._closed = False
         self._clock = _Clock(config.every)
@@ -414,7 +416,7 @@ class Monitor:
         elapsed = self._elapsed(method, norms)
         method.last, method.last_step = norms, self.step
         reading = self.readings[method.name] = self._read(method, norms, pair, elapsed)
-        method.faults = 0
+        method.faults = self._overflows = 0
         self._start()
         self._tell_missing(method, norms.missing)
         self._sinks(reading)
@@ -511,7 +513,16 @@ class Monitor:
                 f"method {method.name!r} switched off after {PATIENCE} faults in a row, the last: "
                 f"{skipped.detail}"
             )
-        elif self.skipped[skipped.reason] == 1 and skipped.reason != "nonfinite":
+        elif (
+            skipped.reason == "nonfinite"
+        ):  # now and then, of a loss scaler that looks for its scale
+            self._overflows += 1
+            if self._overflows == OVERFLOWS:
+                self._warn(
+                    f"{OVERFLOWS} measurements in a row were not possible: {skipped.detail}, or "
+                    "their squares overflow float32"
+                )
+        elif self.skipped[skipped.reason] == 1:
             self._warn(f"step {self.step} is not measured: {skipped.detail}")
 
     def _tell_missing(self, method: Method, missing: Mapping[str, str]) -> None:

@@ -602,3 +602,33 @@ def test_a_compiled_sketch_of_a_tied_head_is_unbiased():
     exact = found["pepgns"].parts_sq_norm[i]
     assert np.std(drawn) > 1e-3 * exact
     assert abs(np.mean(drawn) - exact) < 4 * np.std(drawn) / math.sqrt(200)
+
+
+def test_overflow_at_every_step_is_said_in_the_end(tmp_path):
+    model, batch = text(torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with gnsmon.attach(model, optimizer, every=1, run_dir=tmp_path) as gns:
+        for step in range(12):
+            optimizer.zero_grad()
+            (loss_of(model, batch) * 1e30).backward()
+            if step == 9:
+                with pytest.warns(RuntimeWarning, match="10 measurements in a row"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+    assert gns.skipped == {"nonfinite": 12}
+
+
+def test_a_spreadsheet_shows_how_far_a_source_is_off(tmp_path):
+    model, batch = text()
+    options = {"method": "sogns", "calibrate_every": 1, "sinks": ["csv"], "run_dir": tmp_path}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with gnsmon.attach(model, optimizer, every=1, **options) as gns:
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+    with (tmp_path / "gns.csv").open() as file:
+        row = list(csv.DictReader(file))[-1]
+    assert float(row["factor"]) == pytest.approx(gns.reading.approximation.factor)
+    assert float(row["spread"]) == pytest.approx(0, abs=1e-9)

@@ -547,8 +547,8 @@ def test_a_penalty_that_comes_later_is_found_by_the_next_proof():
 
 def test_gradients_that_were_not_cleared_are_noticed():
     model, optimizer, batch = make()
+    losses_of(model, batch).mean().backward()  # before anybody watched
     with watch(model, optimizer) as gns:
-        losses_of(model, batch).mean().backward()  # without telling
         with pytest.warns(RuntimeWarning, match="not cleared since an earlier step"):
             accumulate(gns, model, batch)
             optimizer.step()
@@ -620,6 +620,36 @@ def test_losses_that_were_not_given():
         assert gns.skipped == {"no losses": 1, "no backward": 1}
         plain(gns, model, optimizer, batch)
         assert gns.reading.step == 2
+
+
+@pytest.mark.parametrize("forgotten", [0, 1])
+def test_a_microbatch_without_losses_is_said(forgotten):
+    model, optimizer, batch = make()
+    with pytest.warns(RuntimeWarning, match="without coming through gns.losses"):
+        gns = watch(model, optimizer, strict=False)
+        for i, part in enumerate(split(batch, [3, 3])):
+            losses = losses_of(model, part)
+            if i != forgotten:
+                gns.losses(losses)
+            (losses.sum() / 6).backward()
+        optimizer.step()
+    assert gns.skipped == {"losses unknown": 1}
+    gns.close()
+
+
+def test_a_backward_that_was_thrown_away_needs_no_losses():
+    model, optimizer, batch = make()
+    gns = watch(model, optimizer)
+    losses_of(model, batch).mean().backward()
+    optimizer.zero_grad()
+    losses = losses_of(model, batch)
+    gns.losses(losses)
+    losses.mean().backward()
+    optimizer.step()
+    assert not gns.skipped
+    assert gns.reading.examples == B
+    gns.close()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
 @pytest.mark.filterwarnings("ignore:gnsmon:RuntimeWarning")

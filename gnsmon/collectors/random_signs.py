@@ -38,6 +38,11 @@ SEVERAL = Skipped(
     "several backwards went through one vector of losses, so its examples are not known apart; "
     "call backward once after each gns.losses",
 )
+UNHEARD = Skipped(
+    "losses unknown",
+    "a backward of this step reached .grad without coming through gns.losses, so its examples are "
+    "not in the norms; call gns.losses before each backward",
+)
 UNWEIGHTED = Skipped(
     "weights",
     "the loss takes some of gns.losses with a plus and others with a minus, or none at all; give "
@@ -100,11 +105,19 @@ class RandomSigns:
         self._calls = 0
         self._given: dict[int, tuple[Tensor, RemovableHandle]] = {}
         self._counts: Tensor | None
+        self._watching: list[RemovableHandle] = []
         self._clear()
 
     def arm(self, measure: bool, *, exact: bool = False) -> None:
         """Measure the next step, or let it pass; there is nothing more exact to be had."""
         self.wanted = measure
+        for handle in self._watching:
+            handle.remove()
+        grows = (p.register_post_accumulate_grad_hook(self._grows) for p in self._watched())
+        self._watching = list(grows) if measure else []
+
+    def _watched(self) -> Iterator[nn.Parameter]:
+        return (p for p in self.model.parameters() if p.requires_grad and p.is_leaf)
 
     def close(self) -> Measured | Skipped | None:
         """The step's norms, read after its optimizer step; None when it was not to be measured."""
@@ -152,6 +165,7 @@ class RandomSigns:
         self._counts = None
         self._arrived: list[tuple[int, _Part, dict[str, Tensor]]] = []  # in the present backward
         self._before: dict[str, Fingerprint] = {}
+        self._grew = False  # whether the present backward has reached `.grad`
         self._backwards.clear()
         self._discard()
 
@@ -162,6 +176,7 @@ class RandomSigns:
         self._sums: dict[str, Tensor] = {}
         self._big: dict[str, Tensor] = {}
         self._gaps: dict[str, Tensor] = {}
+        self._unheard = False  # whether a backward came through no vector of losses
 
     # What a forward brings.
 
@@ -191,6 +206,11 @@ class RandomSigns:
             return
         with self._backwards.surviving(), torch.no_grad():
             self._measure(key, self._given[key][0], c)
+
+    def _grows(self, _: Tensor) -> None:
+        """Something was added to `.grad`: a backward is under way, perhaps without losses."""
+        if self.wanted and self._backwards.under_way(self._calls):
+            self._grew = True
 
     def _measure(self, key: int, losses: Tensor, c: Tensor) -> None:
         trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -234,8 +254,11 @@ class RandomSigns:
 
     def _land(self) -> None:
         """Take in what the backward that has ended brought, and `.grad` as accumulated so far."""
-        arrived, before = self._arrived, self._before
-        self._arrived, self._before = [], {}
+        arrived, before, grew = self._arrived, self._before, self._grew
+        self._arrived, self._before, self._grew = [], {}, False
+        if not arrived:
+            self._unheard = self._unheard or grew
+            return
         grads = {n: p.grad for n, p in self.model.named_parameters() if p.requires_grad}
         # torch.autograd.grad comes through the losses too, but what it brings is not in .grad.
         if all(fingerprint(grads.get(name)) == was for name, was in before.items()):
@@ -261,6 +284,8 @@ class RandomSigns:
             return self._backwards.fault
         if not self._parts:
             return self._nothing_came()
+        if self._unheard:
+            return UNHEARD
         squares, weights, big, gaps, tokens = to_host(
             {j: part.sq_norms for j, part in enumerate(self._parts)},
             {j: part.weights for j, part in enumerate(self._parts)},

@@ -13,6 +13,7 @@ FIELDS = (
     *("step", "method", "status", "reason", "b_simple", "low", "high", "grad_sq_norm", "tr_sigma"),
     *("examples", "tokens", "n_eff", "coverage", "overhead", "suggested_batch_size"),
 )
+KNOWN = ("factor", "spread", "standard_error", "amplification")  # of an approximate source
 
 
 class Csv:
@@ -30,12 +31,13 @@ class Csv:
         self.close()
         self._file = open_log(self.path, step, _step_of)
         if self.path.stat().st_size == 0:
-            self._write([*FIELDS, "skipped_steps"])
+            self._write([*FIELDS, *KNOWN, "skipped_steps"])
 
     def __call__(self, reading: Reading) -> None:
         """Append the reading's row."""
         cells = [getattr(reading, name) for name in FIELDS]
-        self._write([*cells, sum(reading.skipped.values())])
+        known = [getattr(reading.approximation, name, None) for name in KNOWN]
+        self._write([*cells, *known, sum(reading.skipped.values())])
 
     def close(self) -> None:
         """Close the file."""
