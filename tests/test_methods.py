@@ -1,5 +1,6 @@
 """What each method makes of a step: sketch, calibration, norm layers, two sources in one."""
 
+import csv
 import math
 import re
 
