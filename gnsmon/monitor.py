@@ -599,9 +599,10 @@ def _checked_ranks(model: nn.Module, config: MonitorConfig) -> Ranks:
 
 def _expect_alike(model: nn.Module, config: MonitorConfig, ranks: Ranks) -> None:
     """Raises ValueError where the ranks would not sum the same numbers at the same steps."""
-    parameters = [(name, list(p.shape)) for name, p in model.named_parameters()]
-    device = next(model.parameters()).device
-    if ranks.size > 1 and (other := others((config.every, parameters), ranks, device)):
+    if ranks.size == 1:
+        return
+    names = [name for name, _ in model.named_parameters()]
+    if other := others((config.every, names), ranks, next(model.parameters()).device):
         raise ValueError(
             f"expected the same model and the same every= on all ranks, which wait for one another "
             f"at a measured step; those of rank {', '.join(map(str, other))} are not those of "
