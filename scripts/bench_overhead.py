@@ -36,6 +36,12 @@ def text() -> tuple[torch.nn.Module, Callable[[torch.nn.Module], torch.Tensor]]:
     return CharGPT(96), lambda model: by_example(model(x), y)
 
 
+def wide() -> tuple[torch.nn.Module, Callable[[torch.nn.Module], torch.Tensor]]:
+    window = torch.randint(96, (4, 129))
+    x, y = window[:, :-1], window[:, 1:]
+    return CharGPT(96, width=768, heads=12), lambda model: by_example(model(x), y)
+
+
 def by_example(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return losses.view(targets.shape).mean(1)
@@ -78,7 +84,7 @@ def main(
     print(f"torch {torch.__version__}, CPU, {threads} threads, {rounds} rounds\n")
     print("| model | step | ratio to the bare step | quartiles |")
     print("|---|---|--:|--:|")
-    for make in (digits, text):
+    for make in (digits, text, wide):
         bare = training_step(make, None, 1)
         bare_of_two = training_step(make, None, 1, microbatches=2)
         variants = {
@@ -92,7 +98,7 @@ def main(
             ),
             "unmeasured": (training_step(make, "pepgns", 10**9), bare),
         }
-        if make is text:  # the other model has no such layers
+        if make is not digits:  # which has no such layers
             variants["measured, norm_layers"] = (training_step(make, "norm_layers", 1), bare)
         for step in (step for pair in variants.values() for step in pair):
             for _ in range(5):

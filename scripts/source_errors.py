@@ -5,9 +5,10 @@
 A character GPT is trained for `warmup` steps; from then on every step is measured by every source
 at once. "q": the source's sum of squared norms against the exact one of the same step, as root mean
 square and mean, and the standard error that its readings say (root mean square); for sources whose
-parts are the examples. "S", "|G|^2": mean of the one-step estimates over that of the exact source,
-from paired steps. "one step": standard deviation of one step's estimate over its mean, the exact
-source's own being what the batch itself brings. "b_simple": the last reading over the exact one's.
+parts are the examples. (Layers are sketched here however narrow they are.) "S", "|G|^2": mean of
+the one-step estimates over that of the exact source, from paired steps. "one step": standard
+deviation of one step's estimate over its mean, the exact source's own being what the batch itself
+brings. "b_simple": the last reading over the exact source's.
 """
 
 from __future__ import annotations
@@ -108,6 +109,9 @@ def measured(
             run_dir=folder,
         ) as gns,
     ):
+        for collector, _ in gns._sources:
+            for sketch in collector.taps.sketches.values() if hasattr(collector, "taps") else ():
+                sketch.passes = 0  # or layers as narrow as these would be exact, as it is cheaper
         train(model, optimizer, batches, steps, microbatch, gns.losses)
     return {
         method: {
