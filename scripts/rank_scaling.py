@@ -4,10 +4,11 @@
 
 Each of R ranks takes b examples whose gradients are N(G, Sigma) in `dim` dimensions with equal
 variances, so that d_eff = dim. "ranks": the parts of a step are the R local gradients; "examples":
-all R b of them, as pepgns has it. The spread is the standard deviation of one step's estimate over
-the truth, simulated by drawing every part, beside the formula. "steps" is how many independent
-steps bring b_simple to a standard error of 10 %, by the delta method. The traffic is what a rank
-sends in one measured step by a ring all-reduce, as a share of what its float32 gradients take.
+all R b of them, as pepgns has it, whose proof has a number for each row. The spread is the standard
+deviation of one step's estimate over the truth, simulated by drawing every part, beside the
+formula. "steps" is how many independent steps bring b_simple to a standard error of 10 %, by the
+delta method. The traffic is what a rank sends in one measured step by a ring all-reduce, as a share
+of what its float32 gradients take.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 import typer
 
 from gnsmon.collectors.reduction import length
+from gnsmon.collectors.step import Columns
 from gnsmon.estimators import NormPair, moments
 
 
@@ -27,7 +29,8 @@ def main(
     b_simple: Annotated[float, typer.Option(help="True noise scale, in examples.")] = 4096.0,
     dim: Annotated[int, typer.Option(help="Dimensions: d_eff.")] = 100,
     draws: Annotated[int, typer.Option(help="Steps simulated in each cell.")] = 400,
-    parameters: Annotated[int, typer.Option(help="Tensors of the model.")] = 150,
+    parameters: Annotated[int, typer.Option(help="Tensors of the model, as of GPT-2.")] = 148,
+    rows: Annotated[int, typer.Option(help="Lengths of their first axes, summed.")] = 237_000,
     numbers: Annotated[float, typer.Option(help="Numbers in them.")] = 124e6,
     most: Annotated[int, typer.Option(help="Ranks in the last row.")] = 4096,
 ) -> None:
@@ -38,15 +41,19 @@ def main(
     print(" sent, kB | of the gradient's |")
     print("|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|")
     for ranks in (2**i for i in range(1, int(math.log2(most)) + 1)):
-        sent = 2 * (ranks - 1) / ranks * 8 * length(parameters, ranks)
-        share = sent / (2 * (ranks - 1) / ranks * 4 * numbers)
-        for name, examples in (("ranks", per_rank), ("examples", 1)):
+        names = [str(i) for i in range(parameters)]
+        for name, examples, layout in (
+            ("ranks", per_rank, Columns(names)),
+            ("examples", 1, Columns(names, rows=np.zeros(rows))),
+        ):
+            sent = 2 * (ranks - 1) / ranks * 8 * length(layout)
+            share = sent / (2 * (ranks - 1) / ranks * 4 * numbers)
             parts = ranks * per_rank // examples
             spread = simulated(parts, examples, sq_norm, dim, draws)
             wanted = formula(parts * examples, examples, sq_norm, dim)
             cells = (f"{a:.2%} | {b:.2%}" for a, b in zip(spread, wanted, strict=True))
             steps = math.ceil(sum(x * x for x in wanted) / 0.1**2)
-            traffic = f"{sent / 1e3:.1f} | {share:.1e}" if name == "ranks" else " | "
+            traffic = f"{sent / 1e3:,.1f} | {share:.1e}"
             size = f"{ranks:,} | {ranks * per_rank:,}" if name == "ranks" else " | "
             print(f"| {size} | {name} | {' | '.join(cells)} | {steps:,} | {traffic} |", flush=True)
 
