@@ -135,9 +135,6 @@ def attach(
     Raises:
         ValueError: on an unknown setting or an impossible value, naming it.
     """
-    if isinstance(config, MonitorConfig):
-        settings = {**config.model_dump(exclude_unset=True), **settings}
-        config = None
     return Monitor(
         model,
         optimizer,
@@ -223,6 +220,11 @@ class Monitor:
     def reading(self) -> Reading | None:
         """The last reading of the first method; None before there is one."""
         return self.readings.get(self.config.method[0])
+
+    @property
+    def closed(self) -> bool:
+        """Whether it measures no more."""
+        return self._closed
 
     def commit(self) -> None:
         """End the step, where no optimizer was given: call it after the parameters changed."""
