@@ -25,6 +25,12 @@ except Exception as error:  # a torchvision that does not fit torch is a Runtime
     ) from error
 
 
+SEVERAL_LOSSES = (
+    "the optimizers step after different losses, and there is no noise scale of both together: "
+    "measure each part of the model by a callback of its own, GNSCallback(module=...)"
+)
+
+
 class GNSCallback(pl.Callback):
     """Measures a fit; nothing else in it changes.
 
@@ -62,7 +68,7 @@ class GNSCallback(pl.Callback):
         self._config = load(MonitorConfig, config, **settings)
         self._module, self._weights = module, weights
         self._state: dict[str, Any] | None = None  # loaded, for the fit that begins next
-        self._scale = _Scale()
+        self._scale, self._steps = _Scale(), _Steps([])
         self._shown: Reading | None = None
 
     @property
@@ -102,12 +108,13 @@ class GNSCallback(pl.Callback):
         wrapped = trainer.strategy.model
         if model is pl_module and isinstance(wrapped, DistributedDataParallel):
             model = wrapped
-        self._scale = _Scale(trainer, pl_module)
+        optimizers = _optimizers_of(model, trainer.optimizers)
+        self._scale, self._steps = _Scale(trainer, pl_module), _Steps(optimizers)
         folder = _folder(trainer)  # asks all ranks
         own = f"/{self._module}" if self._module else ""
         self.monitor = attach(
             model,
-            _optimizers_of(model, trainer.optimizers),
+            optimizers,
             scaler=self._scale,
             weights=self._weights,
             config=self._config,
@@ -122,8 +129,19 @@ class GNSCallback(pl.Callback):
         self._scale.microbatches = 0
 
     def on_before_backward(self, *_: Any) -> None:
-        """Count a microbatch."""
+        """Count a microbatch, and see to it that all optimizers step after the same loss."""
         self._scale.microbatches += 1
+        if self.monitor and not self.monitor.closed and self._steps.several_losses():
+            self._detach()
+            if self._config.strict:
+                raise ValueError(SEVERAL_LOSSES)
+            self.monitor.warn(SEVERAL_LOSSES)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Note which optimizer steps."""
+        self._steps.note(optimizer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
@@ -152,6 +170,26 @@ class GNSCallback(pl.Callback):
     def _detach(self) -> None:
         if self.monitor:
             self.monitor.close()
+
+
+class _Steps:
+    """Which optimizers step after the same backward."""
+
+    def __init__(self, optimizers: list[Optimizer]):
+        self._optimizers = optimizers
+        self._stepped: set[int] = set()  # since the last backward
+        self._together: set[frozenset[int]] = set()
+
+    def note(self, optimizer: Optimizer) -> None:
+        """One is about to step."""
+        self._stepped |= {i for i, o in enumerate(self._optimizers) if o is optimizer}
+
+    def several_losses(self) -> bool:
+        """Asked before a backward: whether two optimizers never step after the same one."""
+        if self._stepped:
+            self._together.add(frozenset(self._stepped))
+            self._stepped.clear()
+        return any(a.isdisjoint(b) for a in self._together for b in self._together)
 
 
 class _Scale:

@@ -504,12 +504,12 @@ class Monitor:
         """Count a dropped measurement, say so once, and give up after repeated faults."""
         self.skipped[skipped.reason] += 1
         if method.off:
-            self._warn(
+            self.warn(
                 f"method {method.name!r} switched off after {PATIENCE} faults in a row, the last: "
                 f"{skipped.detail}"
             )
         elif self.skipped[skipped.reason] == 1 and skipped.reason != "nonfinite":
-            self._warn(f"step {self.step} is not measured: {skipped.detail}")
+            self.warn(f"step {self.step} is not measured: {skipped.detail}")
 
     def _tell_missing(self, method: Method, missing: Mapping[str, str]) -> None:
         """Warn of parameters that are left out, once of each."""
@@ -519,9 +519,9 @@ class Monitor:
         if new and self._ranks.rank == 0:
             left_out = "".join(f"\n  {name}: {why}" for name, why in new.items())
             share = self._coverage(method).fraction
-            self._warn(f"{share:.1%} of the trainable parameters are measured; left out:{left_out}")
+            self.warn(f"{share:.1%} of the trainable parameters are measured; left out:{left_out}")
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
         """Warn; where warnings are errors, log instead unless strict, for training must go on."""
         try:
             warnings.warn(f"gnsmon: {text}", RuntimeWarning, stacklevel=3)

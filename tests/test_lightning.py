@@ -1,6 +1,10 @@
 """What a real Trainer's callback reads is what a plain loop reads, and training does not change."""
 
+import csv
+import subprocess
+import sys
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +13,17 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gnsmon
+from gnsmon.sinks import read_log
 
 pl = pytest.importorskip("lightning.pytorch")
 
+
+from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger  # noqa: E402
+from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
+from tensorboard.backend.event_processing.event_accumulator import (  # noqa: E402
+    EventAccumulator,
+)
 
 from gnsmon.lightning import GNSCallback  # noqa: E402
 
@@ -104,12 +116,14 @@ def trainer(*callbacks, **kwargs):
     return pl.Trainer(callbacks=list(callbacks), **quiet | kwargs)
 
 
-def fit(module, loader=None, validation=None, ckpt_path=None, settings=None, **kwargs):
+def fit(
+    module, loader=None, validation=None, *, ckpt_path=None, callbacks=(), settings=None, **kwargs
+):
     """The callback and its readings, after a fit."""
     readings = []
     settings = {"every": 1, "strict": True, "sinks": [readings.append]} | (settings or {})
     callback = GNSCallback(**settings)
-    run = trainer(callback, **kwargs)
+    run = trainer(callback, *callbacks, **kwargs)
     run.fit(module, loader or data(), validation, ckpt_path=ckpt_path)
     return callback, readings
 
@@ -255,3 +269,286 @@ def hooks(model):
                 found.append((path, kind, len(value)))
         found.append((path, "forward" in vars(module)))
     return found + [(n, len(p._backward_hooks or ())) for n, p in model.named_parameters()]
+
+
+def test_attached_only_during_a_fit():
+    callback = GNSCallback(every=1, strict=True)
+    module, run = Own(), trainer(callback, max_epochs=1)
+    before = hooks(module)
+    for epochs in (1, 2):  # the second fit goes on with the first
+        run.fit_loop.max_epochs = epochs
+        run.fit(module, data())
+        assert hooks(module) == before
+        assert callback.monitor.closed
+        assert callback.monitor.step == callback.monitor.reading.step + 1 == epochs * BATCHES
+    steps = [r["step"] for r in read_log(callback.monitor.run_dir).readings]
+    assert steps == list(range(2 * BATCHES))
+    run = trainer(callback, default_root_dir="another")
+    run.fit(module, data())  # another trainer's run is another run
+    assert [r["step"] for r in read_log("another").readings] == list(range(BATCHES))
+    run.validate(module, data())
+    assert callback.monitor.step == BATCHES
+
+
+def test_an_exception_detaches():
+    class Failing(Own):
+        def training_step(self, batch, i):
+            if i == 12:
+                raise KeyError("data")
+            return super().training_step(batch, i)
+
+    module, callback = Failing(), GNSCallback(every=1, strict=True)
+    before = hooks(module)
+    with pytest.raises(KeyError, match="data"):
+        trainer(callback).fit(module, data())
+    assert hooks(module) == before
+    assert callback.monitor.closed
+    assert len(read_log(".").readings) == 12
+    assert read_log(".").advice
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("window", [1, 2])
+def test_resumed_it_goes_on_as_if_never_stopped(window):
+    def run(epochs, folder, ckpt_path=None):
+        keep = ModelCheckpoint(f"{folder}/kept", "{epoch}", save_top_k=-1)
+        return fit(
+            Own(momentum=0.9),
+            data(3 * window * BATCH),
+            callbacks=[keep],
+            ckpt_path=ckpt_path,
+            max_epochs=epochs,
+            accumulate_grad_batches=window,
+            enable_checkpointing=True,
+            default_root_dir=folder,
+        )
+
+    whole, readings = run(2, "whole")
+    _, first = run(1, "parts")
+    saved = torch.load("parts/kept/epoch=0.ckpt", weights_only=True)
+    assert saved["callbacks"]["gnsmon"]["step"] == 3
+    resumed, second = run(2, "parts", "parts/kept/epoch=0.ckpt")
+    assert [r.step for r in second] == [3, 4, 5]
+    assert_same(first + second, readings, rtol=1e-12)
+    assert resumed.state_dict() == whole.state_dict()
+    log = read_log("parts")
+    assert [r["step"] for r in log.readings] == [0, 1, 2, 3, 4, 5]
+    assert [h["step"] for h in log.headers] == [0, 3]
+
+
+def test_a_checkpoint_that_knows_nothing_of_it_starts_afresh():
+    run = trainer()
+    run.fit(Own(), data())
+    run.save_checkpoint("bare.ckpt")
+    _, readings = fit(Own(), max_epochs=2, ckpt_path="bare.ckpt")
+    assert [r.step for r in readings] == list(range(BATCHES))
+
+
+def test_steps_end_in_the_middle_of_a_window():
+    callback, readings = fit(Own(), max_steps=3, max_epochs=2, accumulate_grad_batches=3)
+    assert [r.examples for r in readings] == [18, 18, 18]
+    assert not callback.monitor.skipped
+
+
+@pytest.mark.parametrize("settings", [{"fast_dev_run": 2}, {"overfit_batches": 2}], ids=str)
+def test_shortened_runs(settings):
+    callback, readings = fit(Own(), **settings)
+    assert [r.step for r in readings] == [0, 1]
+    assert not callback.monitor.skipped
+
+
+def test_losses_scaled_for_half_precision_and_overflows():
+    class Overflowing(Own):
+        def training_step(self, batch, i):
+            return super().training_step(batch, i) * (torch.inf if i == 2 else 1.0)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    precision = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
+    loader = data(dtype=torch.float32)
+    kinds = Own(lr=0.0).float(), Overflowing(lr=0.0).float()
+    callback, readings = fit(kinds[1], loader, plugins=[precision], gradient_clip_val=1e-3)
+    assert not callback.monitor.skipped  # Lightning does not step where the loss overflows
+    others = plain(kinds[0], loader)
+    assert len(readings) == len(others) - 1
+    for one, other in zip(readings, others[:2] + others[3:], strict=True):
+        assert one.raw.grad_sq_norm == pytest.approx(other.raw.grad_sq_norm, rel=0.05)
+        assert one.raw.tr_sigma == pytest.approx(other.raw.tr_sigma, rel=0.05)
+
+
+class Gan(pl.LightningModule):
+    """Two nets, each with a loss and an optimizer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, FEATURES))
+        self.critic = nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.double()
+
+    def losses(self, batch, noise):
+        """The loss of each net, one after the other."""
+        one = torch.ones(len(noise), 1).double()
+        fake = self.generator(noise)
+        yield F.binary_cross_entropy_with_logits(self.critic(fake), one)
+        both = torch.cat([batch, fake.detach()])
+        yield F.binary_cross_entropy_with_logits(self.critic(both), torch.cat([one, 1 - one]))
+
+    def training_step(self, batch, i):
+        noise = torch.randn(len(batch[0]), 4, generator=torch.Generator().manual_seed(i)).double()
+        losses = self.losses(batch[0], noise)
+        for loss, optimizer in zip(losses, self.optimizers(), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self):
+        nets = self.generator, self.critic
+        return [torch.optim.SGD(net.parameters(), lr=0.1) for net in nets]
+
+
+def test_two_nets_have_a_callback_each():
+    readings = {"generator": [], "critic": []}
+    callbacks = [
+        GNSCallback(module=name, every=1, strict=True, sinks=[sink.append])
+        for name, sink in readings.items()
+    ]
+    run = trainer(*callbacks, logger=CSVLogger("."))
+    gan = Gan()
+    run.fit(gan, data())
+    others = gans_by_hand(Gan())
+    for callback, name in zip(callbacks, readings, strict=True):
+        assert not callback.monitor.skipped
+        assert_same(readings[name], others[name])
+        assert read_log(f"{run.logger.log_dir}/{name}").column("b_simple").size == BATCHES
+    header = Path(run.logger.log_dir, "metrics.csv").read_text().partition("\n")[0]
+    assert {"gns/generator/tr_sigma", "gns/critic/tr_sigma"} < set(header.split(","))
+    run.save_checkpoint("gan.ckpt")
+    states = torch.load("gan.ckpt", weights_only=True)["callbacks"]
+    assert {"gnsmon:generator", "gnsmon:critic"} <= states.keys()
+
+
+def gans_by_hand(gan):
+    """Readings of each net where all gradients are cleared before each loss."""
+    gan.optimizers = gan.configure_optimizers
+    gan.manual_backward = lambda loss: loss.backward()
+    nets, optimizers = (gan.generator, gan.critic), gan.optimizers()
+    gan.optimizers = lambda: optimizers
+    readings = {"generator": [], "critic": []}
+    monitors = [
+        gnsmon.attach(net, o, every=1, strict=True, run_dir=name, sinks=[readings[name].append])
+        for net, o, name in zip(nets, optimizers, readings, strict=True)
+    ]
+    for i, batch in enumerate(data()):
+        gan.training_step(batch, i)
+    for monitor in monitors:
+        monitor.close()
+    return readings
+
+
+@pytest.mark.filterwarnings("ignore:gnsmon. .* of the trainable parameters are measured")
+def test_several_losses_are_not_mixed():
+    """Of the whole module, once it is clear that its optimizers step after different losses."""
+    with pytest.raises(ValueError, match=r"GNSCallback\(module=\.\.\.\)"):
+        fit(Gan())
+    module, callback = Gan(), GNSCallback(every=1, run_dir="another")
+    before = hooks(module)
+    with pytest.warns(RuntimeWarning, match="different losses"):
+        trainer(callback).fit(module, data())
+    assert callback.monitor.closed
+    assert hooks(module) == before
+
+
+class TwoOptimizers(Inner):
+    """One loss, two optimizers, one of which steps more rarely."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, i):
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizers[0].step()
+        if i % 3 == 0:
+            optimizers[1].step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.net[i].parameters(), lr=self.lr) for i in (0, 2)]
+
+
+def test_two_optimizers_of_one_loss():
+    callback, readings = fit(TwoOptimizers(lr=0.0))
+    assert_same(readings, plain(Inner(lr=0.0)))
+    assert not callback.monitor.skipped
+
+
+def test_loggers_have_what_was_read(capsys):
+    loggers = TensorBoardLogger("tb"), CSVLogger("csv")
+    callback, readings = fit(
+        Own(), logger=loggers, max_epochs=2, accumulate_grad_batches=2, enable_progress_bar=True
+    )
+    events = EventAccumulator(loggers[0].log_dir, size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    with open(f"{loggers[1].log_dir}/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    for key in ("b_simple", "tr_sigma", "grad_sq_norm", "batch_size"):
+        name = {"batch_size": "examples"}.get(key, key)
+        wanted = {r.step: getattr(r, name) for r in readings if getattr(r, name) is not None}
+        assert len(wanted) > 3
+        in_csv = {int(r["step"]): float(r[f"gns/{key}"]) for r in rows if r[f"gns/{key}"]}
+        in_tb = {e.step: e.value for e in events.Scalars(f"gns/{key}")}
+        assert in_csv == pytest.approx(wanted)
+        assert in_tb == pytest.approx(wanted, rel=1e-5)
+    assert any(key.startswith("gns/layer/") for key in rows[0])
+    (advice,) = events.Tensors("gns/advice/text_summary")
+    text = advice.tensor_proto.string_val[0].decode()
+    assert text.replace("  \n", "\n") == str(callback.advice())
+    assert callback.monitor.run_dir == Path(loggers[0].log_dir)
+    assert len(read_log(loggers[0].log_dir).readings) == len(readings)
+    shown = capsys.readouterr().out
+    assert "b_simple" in shown
+    assert f"{readings[-1].b_simple:.3f}" in shown
+
+
+def test_wandb(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=".", offline=True)
+    logged = []
+    monkeypatch.setattr(
+        type(logger.experiment), "log", lambda _, metrics, **__: logged.append(metrics)
+    )
+    callback, readings = fit(Own(), logger=logger)
+    ours = [m for m in logged if "gns/tr_sigma" in m]
+    assert [m["gns/tr_sigma"] for m in ours] == [r.tr_sigma for r in readings]
+    assert [m["trainer/global_step"] for m in ours] == [r.step for r in readings]
+    assert logger.experiment.summary["gns/advice"] == str(callback.advice())
+    assert callback.monitor.run_dir == Path("lightning_logs") / logger.version
+    logger.experiment.finish()
+
+
+def test_run_dir_and_loggers_of_ones_own():
+    fit(Own(), settings={"run_dir": "here"}, logger=CSVLogger("csv"))
+    assert len(read_log("here").readings) == BATCHES
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="unknown setting 'evry'; did you mean 'every'"):
+        GNSCallback(evry=5)
+    with pytest.raises(ValueError, match="part of Own, got 'nett'"):
+        fit(Own(), settings={"module": "nett"})
+    with pytest.raises(ValueError, match="no fit has begun"):
+        GNSCallback().advice()
+    Path("gns.toml").write_text("every = 7\n")
+    assert GNSCallback(config="gns.toml", level=0.9)._config == gnsmon.MonitorConfig(
+        every=7, level=0.9
+    )
+
+
+def test_without_lightning_it_says_what_to_install():
+    code = "import sys; sys.modules['lightning.pytorch'] = None; import gnsmon.lightning"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert 'pip install "gnsmon[lightning]"' in done.stderr
