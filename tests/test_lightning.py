@@ -21,6 +21,8 @@ pl = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
+from lightning_worker import fit_on_rank  # noqa: E402
+from ranks_worker import in_processes  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import (  # noqa: E402
     EventAccumulator,
 )
@@ -552,3 +554,48 @@ def test_without_lightning_it_says_what_to_install():
     code = "import sys; sys.modules['lightning.pytorch'] = None; import gnsmon.lightning"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert 'pip install "gnsmon[lightning]"' in done.stderr
+
+
+def run_on_ranks(tmp_path, module, settings, **trainer_settings):
+    """What each of two ranks found."""
+    arguments = module, data(), settings, {"strategy": "ddp", **trainer_settings}
+    folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+    folder.mkdir()
+    in_processes(fit_on_rank, *arguments, folder=folder)
+    kind = "" if settings else "-bare"
+    return [torch.load(folder / f"rank{rank}{kind}.pt", weights_only=False) for rank in (0, 1)]
+
+
+def batches_of_ranks():
+    """The microbatches of both ranks, in turn: a sampler deals the examples out one by one."""
+    x, y = data().dataset.tensors
+    dealt = [list(zip(x[r::2].split(BATCH), y[r::2].split(BATCH), strict=True)) for r in (0, 1)]
+    return [batch for both in zip(*dealt, strict=True) for batch in both]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Own, Inner, Manual])
+@pytest.mark.parametrize("window", [1, 3])
+def test_two_ranks(tmp_path, kind, window):
+    if kind is Manual and window > 1:
+        pytest.skip("accumulates by itself")
+    settings = {} if kind is Manual else {"accumulate_grad_batches": window}
+    lr = 0.0 if window == 3 else 0.1
+    found = run_on_ranks(tmp_path, kind(lr=lr), {"method": "ranks"}, **settings)
+    clip = 1e-2 if kind is Manual else None
+    window = 2 if kind is Manual else window
+    batches = batches_of_ranks()[: 12 if kind is Manual else None]  # of seven it leaves one
+    others = plain(
+        Inner(lr=lr), batches, window=2 * window, clip=clip, method="microbatch", run_dir="plain"
+    )
+    assert_same(found[0]["readings"], others)
+    assert found[0]["state"] == found[1]["state"]
+    assert len(read_log(next(tmp_path.glob("run*"))).readings) == len(others)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_bitwise_the_same(tmp_path):
+    watched = run_on_ranks(tmp_path, Own(momentum=0.9), {"method": "ranks"})
+    bare = run_on_ranks(tmp_path, Own(momentum=0.9), {})
+    for one, other in zip(watched, bare, strict=True):
+        assert all(torch.equal(v, other["weights"][n]) for n, v in one["weights"].items())
