@@ -14,12 +14,14 @@ from torch.utils.hooks import RemovableHandle
 
 from gnsmon.collectors.backward import Backwards, Fingerprint, exactly, fingerprint
 from gnsmon.collectors.proof import Directions, gaps
-from gnsmon.collectors.reduction import Ranks, over_ranks
+from gnsmon.collectors.reduction import ALONE, UNREDUCED, Ranks
+from gnsmon.collectors.shards import held, is_managed, is_sharded
 from gnsmon.collectors.step import (
     HALF_TOLERANCE,
     NO_BACKWARD,
     TOLERANCE,
     UNUSED,
+    Columns,
     Measured,
     Share,
     Skipped,
@@ -70,9 +72,11 @@ TORN = (
     "its gradient came in several pieces in one backward, as of a layer in several reentrant "
     "checkpoints; use checkpoint(..., use_reentrant=False)"
 )
-UNREDUCED = (
-    ", or it is not the mean over the ranks, but compressed or never reduced (is the model trained "
-    "through DistributedDataParallel?)"
+
+
+UNSEEN = (
+    "fully_shard holds it, and its gradient could not be seen: its layer's forward was not called, "
+    "or is compiled"
 )
 
 
@@ -101,14 +105,15 @@ class Microbatch:
     A hook on each parameter sees what a backward is about to add to `.grad`: the microbatch's own
     gradient u, with all uses of a tied or reused parameter summed (torch 2.13). Its square is taken
     there and then, so that no gradient is copied or kept: two numbers a parameter and microbatch
-    remain. The hooks are there while a step is measured only.
+    remain. The hooks are there while a step is measured only. The whole parameters of
+    `fully_shard`, whose gradients they see, are in the model while their layer runs: a hook on each
+    layer finds them there.
 
-    The method "ranks" takes the microbatches of all data-parallel ranks, one or more a rank, for
-    the parts: a hook sees its rank's own gradient before DDP reduces it, `.grad` is whole once DDP
-    is done, and `close` sums over the ranks. As DDP takes the mean over ranks, a rank whose share
-    of the step's weights is w must have a loss of R w times its own mean: the sum over its tokens,
-    divided by the tokens of all ranks, times R. With the same number of examples on each rank, or
-    of tokens, its own mean is that.
+    With several data-parallel ranks the parts are the microbatches of all, one or more a rank: a
+    hook sees its rank's own gradient before it is reduced, and `.grad` is whole once it is. As the
+    mean over ranks is taken, a rank whose share of the step's weights is w must have a loss of R w
+    times its own mean: the sum over its tokens, divided by the tokens of all ranks, times R. With
+    the same number of examples on each rank, or of tokens, its own mean is that.
 
     Every measurement proves itself: along a random direction, the sum of the microbatches must be
     `.grad`. It shows what no hook can see: gradients that were not cleared, or that another hook
@@ -120,7 +125,7 @@ class Microbatch:
         batch_dim: axis of the examples in the model's inputs.
         weigh: gives the weights [B] of the examples from the arguments of the model's forward.
         strict: raise what goes wrong instead of leaving the measurement out.
-        ranks: whose microbatches are the parts of the method "ranks".
+        ranks: whose microbatches are the parts.
     """
 
     def __init__(
@@ -131,12 +136,12 @@ class Microbatch:
         batch_dim: int = 0,
         weigh: Callable[..., Tensor] | None = None,
         strict: bool = False,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
     ):
-        self.model, self.method = model, method
-        self._ranks = ranks if method == "ranks" else None
-        self.wanted = False
+        self.model, self.method, self._ranks = model, method, ranks
+        self.wanted = self._managed = False
         self.names = [name for name, _ in model.named_parameters()]
+        self.columns = Columns(self.names)
         self.untapped: dict[str, str] = {}
         self._directions = Directions(self.names)
         self._by_hand: Tensor | None = None
@@ -150,7 +155,8 @@ class Microbatch:
             ),
             model.register_forward_hook(Announce(model, self._returned)),
         ]
-        self._on_parameters: dict[str, tuple[nn.Parameter, RemovableHandle]] = {}
+        self._on_parameters: dict[str, tuple[nn.Parameter, list[RemovableHandle]]] = {}
+        self._on_layers: list[RemovableHandle] = []
         self._clear()
 
     def arm(self, measure: bool, *, exact: bool = False) -> None:
@@ -159,15 +165,19 @@ class Microbatch:
         if measure:
             self._install()
             return
-        for _, handle in self._on_parameters.values():
+        for handle in [
+            *self._on_layers,
+            *(h for _, hs in self._on_parameters.values() for h in hs),
+        ]:
             handle.remove()
+        self._on_layers.clear()
         self._on_parameters.clear()
 
-    def close(self) -> Measured | Skipped | None:
-        """The step's norms, read after its optimizer step; None when it was not to be measured."""
+    def share(self) -> Share | Skipped | None:
+        """What this process brings, read after its optimizer step; None if it is not measured."""
         try:
             with exactly(self.model):
-                return self._close() if self.wanted else None
+                return self._share() if self.wanted else None
         finally:
             self._clear()
 
@@ -191,8 +201,11 @@ class Microbatch:
         self._backwards.clear()
         self._parts: list[_Part] = []
         self._big: dict[str, Tensor] = {}
+        self._present: set[str] = set()
         self._seen: dict[str, tuple[Fingerprint, Tensor]] = {}  # in the present backward
         self._torn: set[str] = set()
+        self._landed: set[str] = set()  # parameters to whose .grad something was added
+        self._half: set[str] = set()  # parameters whose gradients came in half precision
         self._flowed: list[_Forward] = []  # into the present backward
         self._forwards = 0  # since the last microbatch
         self._entered = False  # a forward is under way, and none inside it was
@@ -204,9 +217,39 @@ class Microbatch:
 
     def _install(self) -> None:
         """Hooks on all trainable parameters, those that were added or thawed lately too."""
+        self._managed = is_managed(self.model)
         for name, p in _trainable(self.model).items():
-            if self._on_parameters.get(name, (None,))[0] is not p:
-                self._on_parameters[name] = p, p.register_hook(partial(self._gradient, name, p))
+            if not is_sharded(p):
+                self._hook(name, p)
+        if not self._managed or self._on_layers:
+            return
+        first = {id(p): name for name, p in self.model.named_parameters()}
+        for module in self.model.modules():
+            own = {at: first[id(p)] for at, p in module.named_parameters(recurse=False)}
+            if own:
+                gathered = Announce(module, partial(self._gathered, module, own))
+                # Before fully_shard takes them away again.
+                self._on_layers.append(module.register_forward_hook(gathered, prepend=True))
+
+    def _hook(self, name: str, p: nn.Parameter) -> None:
+        before, handles = self._on_parameters.get(name, (None, []))
+        if before is p:
+            return
+        for handle in handles:
+            handle.remove()
+        self._on_parameters[name] = p, [p.register_hook(partial(self._gradient, name, p))]
+        if self._managed:
+            landed = p.register_post_accumulate_grad_hook(lambda _: self._landed.add(name))
+            self._on_parameters[name][1].append(landed)
+
+    def _gathered(self, module: nn.Module, own: Mapping[str, str], *_: Any) -> None:
+        """A layer has run: its parameters are whole."""
+        if torch.compiler.is_compiling():
+            return
+        for at, name in own.items():
+            p = getattr(module, at)
+            if p.requires_grad and not is_sharded(p):
+                self._hook(name, p)
 
     # What a forward brings.
 
@@ -256,13 +299,15 @@ class Microbatch:
 
     def _see(self, name: str, grad: Tensor | None, gradient: Tensor) -> None:
         before, values = fingerprint(grad), self._values(name, gradient)
+        if gradient.dtype.itemsize == 2:
+            self._half.add(name)
         if name in self._seen:  # a reentrant checkpoint: <u', u''> is not known
             self._torn.add(name)
             before, values = self._seen[name][0], self._seen[name][1] + values
         self._seen[name] = before, values
 
-    def _values(self, name: str, gradient: Tensor) -> Tensor:
-        return torch.stack([square_sum(gradient), self._directions.along(name, gradient)])
+    def _values(self, name: str, gradient: Tensor, **rows: Any) -> Tensor:
+        return torch.stack([square_sum(gradient), self._directions.along(name, gradient, **rows)])
 
     def _land(self) -> None:
         """Take in the microbatch whose backward has ended, and `.grad` as accumulated so far."""
@@ -270,13 +315,22 @@ class Microbatch:
         self._seen, self._torn, self._flowed = {}, set(), []
         grads = {name: p.grad for name, p in _trainable(self.model).items()}
         # torch.autograd.grad runs the hooks too, but what it brings does not reach .grad.
-        landed = [n for n, (before, _) in seen.items() if fingerprint(grads.get(n)) != before]
+        # What fully_shard has not reduced yet is in no .grad of the model.
+        landed = [
+            name
+            for name, (before, _) in seen.items()
+            if name in self._landed or not self._managed and fingerprint(grads.get(name)) != before
+        ]
+        self._landed = set()
         if not landed:
             return
         device = seen[landed[0]][1].device
         values = torch.stack([seen[name][1].to(device) for name in landed])
         self._parts.append(_Part(self._forward_of(flowed), landed, values, torn))
-        self._big = {n: self._values(n, grad) for n, grad in grads.items() if grad is not None}
+        self._big, self._present = {}, {n for n, grad in grads.items() if grad is not None}
+        for name, grad in grads.items():
+            if grad is not None and (own := held(grad, self._ranks)):
+                self._big[name] = self._values(name, own[0], shape=grad.shape, start=own[1])
         self._forwards, self._by_hand = 0, None
 
     def _forward_of(self, flowed: list[_Forward]) -> _Forward:
@@ -294,16 +348,6 @@ class Microbatch:
 
     # What the step brings.
 
-    def _close(self) -> Measured | Skipped:
-        share: Share | Skipped = Skipped("fault", "its microbatches could not be read")
-        try:
-            share = self._share()
-        finally:  # the other ranks wait for this one, whatever has gone wrong here
-            if self._ranks is not None:
-                device = next(self.model.parameters()).device
-                share = over_ranks(share, self.names, self._ranks, device=device)
-        return share if isinstance(share, Skipped) else self._norms(share)
-
     def _share(self) -> Share | Skipped:
         """The sums over this process's microbatches."""
         if self._backwards.fault is not None:
@@ -318,7 +362,7 @@ class Microbatch:
         batches = [forward.batch for forward in forwards if forward.batch]
         if len(batches) < len(forwards):
             return UNKNOWN
-        if len(forwards) == 1 and self._ranks is None:
+        if len(forwards) == 1 and self._ranks.size == 1:
             return Skipped(
                 "one part",
                 f"method {self.method!r} compares the microbatches of gradient accumulation, and "
@@ -341,18 +385,22 @@ class Microbatch:
             sq_norms[j], along[j] = self._table(
                 dict(zip(part.names, values[j].reshape(-1, 2), strict=True))
             )
+        seen = {name for part in self._parts for name in part.names}
         whole = sum(float(square) for square, _ in big.values())
         if not (np.isfinite(whole) and np.isfinite(sq_norms).all()):
             return Skipped("nonfinite", "the gradient has infinite or undefined values")
         big_sq_norm, big_along = self._table(big)
         total = float(weights.sum())
         parts_sq_norm, sum_sq_weights = METHODS[self.method](sq_norms, weights / total)
+        size = self._ranks.size  # the mean over so many is taken
         return Share(
-            parts_sq_norm=parts_sq_norm[None],
-            along=along.sum(0),
+            parts_sq_norm=parts_sq_norm[None] / size**2,
+            along=along.sum(0) / size,
             big_sq_norm=big_sq_norm,
             big_along=big_along,
-            present=np.array([name in big for name in self.names]),
+            present=np.array([name in self._present for name in self.names]),
+            seen=np.array([not self._managed or name in seen for name in self.names]),
+            half=np.array([name in self._half for name in self.names]),
             whole=whole,
             sum_weights=total,
             sum_sq_weights=sum_sq_weights * total**2,
@@ -368,7 +416,8 @@ class Microbatch:
         """The pairs of all parameters known at attach, [2, n_parameters]; zero without one."""
         return np.array([values.get(name, (0.0, 0.0)) for name in self.names]).T
 
-    def _norms(self, share: Share) -> Measured | Skipped:
+    def norms(self, share: Share) -> Measured | Skipped:
+        """The step's norms, from the share of this process or of all ranks."""
         missing = self._missing(share)
         left_in = np.array([name not in missing for name in self.names]) & share.present
         if not left_in.any():
@@ -390,18 +439,23 @@ class Microbatch:
 
     def _missing(self, share: Share) -> dict[str, str]:
         """Why trainable parameters are not in this step's norms."""
-        missing, unreduced = {}, "" if self._ranks is None else UNREDUCED
-        known = dict(zip(self.names, zip(share.present, gaps(share), strict=True), strict=True))
-        for name, p in _trainable(self.model).items():
+        missing, unreduced = {}, UNREDUCED if self._ranks.size > 1 else ""
+        longer = np.maximum(share.big_sq_norm, share.parts_sq_norm[0])
+        gap_of_each = gaps(share, self.columns, longer)
+        of_each = zip(share.present, share.seen, gap_of_each, share.half, strict=True)
+        known = dict(zip(self.names, of_each, strict=True))
+        for name in _trainable(self.model):
             if name not in known:
                 missing[name] = "it was added to the model after attach"
                 continue
-            present, gap = known[name]
+            present, seen, gap, half = known[name]
             if not present:
                 missing[name] = UNUSED
             elif name in share.missing:
                 missing[name] = share.missing[name]
-            elif not gap <= (HALF_TOLERANCE if p.dtype.itemsize == 2 else TOLERANCE):
+            elif not seen:
+                missing[name] = UNSEEN
+            elif not gap <= (HALF_TOLERANCE if half else TOLERANCE):
                 missing[name] = (
                     f"the gradients of the microbatches do not add up to .grad (off by {gap:.1%}): "
                     f"it was not cleared since an earlier step, or a hook changes it{unreduced}"
