@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 import gnsmon
@@ -21,6 +22,7 @@ pl = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
+from lightning.pytorch.strategies import ModelParallelStrategy  # noqa: E402
 from lightning_worker import fit_on_rank  # noqa: E402
 from ranks_worker import in_processes  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import (  # noqa: E402
@@ -573,20 +575,41 @@ def batches_of_ranks():
     return [batch for both in zip(*dealt, strict=True) for batch in both]
 
 
+class Sharded(Inner):
+    """Its net is sharded by FSDP2, as `ModelParallelStrategy` wants it."""
+
+    def configure_model(self):
+        for module in (self.net[0], self.net[2], self.net):
+            fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [Own, Inner, Manual])
-@pytest.mark.parametrize("window", [1, 3])
-def test_two_ranks(tmp_path, kind, window):
-    if kind is Manual and window > 1:
-        pytest.skip("accumulates by itself")
-    settings = {} if kind is Manual else {"accumulate_grad_batches": window}
+@pytest.mark.parametrize(
+    ("kind", "method", "window"),
+    [
+        (Own, "ranks", 1),
+        (Inner, "ranks", 3),
+        (Manual, "ranks", 2),
+        (Own, "pepgns", 3),
+        (Inner, "pepgns", 1),
+        (Manual, "pepgns", 2),
+        (Sharded, "pepgns", 1),
+        (Sharded, "ranks", 3),
+    ],
+)
+def test_two_ranks(tmp_path, kind, method, window):
     lr = 0.0 if window == 3 else 0.1
-    found = run_on_ranks(tmp_path, kind(lr=lr), {"method": "ranks"}, **settings)
-    clip = 1e-2 if kind is Manual else None
-    window = 2 if kind is Manual else window
+    settings = {"accumulate_grad_batches": window} if kind is not Manual else {}
+    if kind is Sharded:
+        settings["strategy"] = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    found = run_on_ranks(tmp_path, kind(lr=lr), {"method": method}, **settings)
     batches = batches_of_ranks()[: 12 if kind is Manual else None]  # of seven it leaves one
     others = plain(
-        Inner(lr=lr), batches, window=2 * window, clip=clip, method="microbatch", run_dir="plain"
+        Inner(lr=lr),
+        batches,
+        window=2 * window,
+        clip=1e-2 if kind is Manual else None,
+        method="microbatch" if method == "ranks" else method,
     )
     assert_same(found[0]["readings"], others)
     assert found[0]["state"] == found[1]["state"]
