@@ -136,7 +136,8 @@ def plain(module, loader=None, *, window=1, epochs=1, clip=None, autocast=False,
     """The readings of a loop by hand over the same batches, each window's loss its mean."""
     optimizer, readings = module.configure_optimizers(), []
     settings = {"every": 1, "strict": True, "run_dir": "plain"} | settings
-    model = module if isinstance(module, Own) and type(module) is Own else module.net
+    own = type(module).forward is not pl.LightningModule.forward
+    model = module if own else module.net
     with gnsmon.attach(model, optimizer, sinks=[readings.append], **settings):
         for _ in range(epochs):
             batches = iter(loader or data())
@@ -212,6 +213,56 @@ def test_bf16():
     _, readings = fit(Own().float(), data(dtype=torch.float32), precision="bf16-mixed")
     others = plain(Own().float(), data(dtype=torch.float32), autocast=True)
     assert_same(readings, others, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("kind", [Own, Inner])
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled(kind, whole):
+    class Quiet(kind):
+        """Its step logs nothing: Lightning 2.6 cannot compile that with torch 2.13."""
+
+        def training_step(self, batch, _):
+            return self.loss(batch)
+
+    module = Quiet()
+    if whole:
+        module = torch.compile(module, backend="aot_eager")
+    else:
+        module.net = torch.compile(module.net, backend="aot_eager")
+    callback, readings = fit(module)
+    assert_same(readings, plain(kind()), rtol=1e-6)
+    assert not callback.monitor.skipped
+
+
+@pytest.mark.parametrize("kind", [Own, Inner])
+def test_weights(kind):
+    def weigh(x):
+        return (x[:, 0] > 0).double() + 1
+
+    class Weighted(kind):
+        def loss(self, batch):
+            x, y = batch
+            w = weigh(x)
+            losses = F.cross_entropy((self if kind is Own else self.net)(x), y, reduction="none")
+            return (w * losses).sum() / w.sum()
+
+    _, readings = fit(Weighted(), settings={"weights": weigh})
+    assert_same(readings, plain(Weighted(), weights=weigh))
+    assert readings[0].raw.sum_sq_weights != pytest.approx(1 / BATCH)
+
+
+@pytest.mark.filterwarnings("ignore:gnsmon. .* of the trainable parameters are measured")
+def test_layers_used_twice_in_one_forward():
+    class Tied(Inner):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            again = nn.Linear(7, 7).double()
+            self.net = nn.Sequential(self.net[0], again, nn.Tanh(), again, self.net[2])
+
+    _, readings = fit(Tied())
+    assert_same(readings[1:], plain(Tied())[1:])
 
 
 def test_validation_in_between_disturbs_nothing():

@@ -321,6 +321,15 @@ def test_wrong_weights_are_refused():
             optimizer.step()
 
 
+def test_weights_of_a_forward_that_is_not_called_are_missed():
+    model, optimizer, batch = make()
+    with watch(nn.ModuleDict({"net": model}), optimizer, weights=len) as gns:
+        loss_of(model, batch).backward()
+        with pytest.raises(ValueError, match=r"forward, which was not called"):
+            optimizer.step()
+        assert gns.reading is None
+
+
 def test_frozen_parameters_are_in_neither_norm():
     model, optimizer, batch = make(tied=False)
     model.up.weight.requires_grad_(False)
