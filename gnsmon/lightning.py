@@ -34,7 +34,8 @@ SEVERAL_LOSSES = (
 class GNSCallback(pl.Callback):
     """Measures a fit; nothing else in it changes.
 
-        trainer = Trainer(callbacks=[GNSCallback(every=10)])
+        callback = GNSCallback(every=10)
+        trainer = Trainer(callbacks=[callback])
         trainer.fit(model, data)
         print(callback.advice())
 
@@ -47,10 +48,9 @@ class GNSCallback(pl.Callback):
             LightningModule without a forward of its own it is its only child with parameters to
             train, else the whole. A run with several losses (a GAN) takes a callback for each net.
         weights: see `gnsmon.attach`; called with the arguments of the measured module's forward.
-        config: see `gnsmon.attach`.
-        settings: any field of `MonitorConfig`. They are not spelled out here, where they would have
-            to be kept in step with it; LightningCLI takes them as `dict_kwargs`, or a TOML file as
-            `config`.
+        config: a `MonitorConfig`, which LightningCLI reads as `config: {every: 10}`, or a TOML file.
+        settings: any field of `MonitorConfig`, over those of `config`; not spelled out here, where
+            they would have to be kept in step with it.
 
     Raises:
         ValueError: on an unknown setting or an impossible value, naming it.
@@ -238,7 +238,7 @@ class _Loggers:
     def advise(self, text: str, suggested: int | None) -> None:
         """Write the advice where a logger has a place for text: in TensorBoard and W&B."""
         for logger in self._trainer.loggers:
-            experiment = getattr(logger, "experiment", None)
+            experiment: Any = getattr(logger, "experiment", None)
             if hasattr(experiment, "add_text"):
                 lines = text.replace("\n", "  \n")
                 experiment.add_text(f"{self._root}/advice", lines, self._trainer.global_step)

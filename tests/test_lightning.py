@@ -204,6 +204,26 @@ def test_norms_are_those_of_brute_force_where_a_window_is_cut_short():
         done += size
 
 
+def test_a_net_and_a_head():
+    """Where no forward of the whole is called, its layers tell of the batch."""
+
+    class Headed(Inner):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.head = nn.Linear(CLASSES, CLASSES).double()
+
+        def loss(self, batch):
+            return F.cross_entropy(self.head(self.net(batch[0])), batch[1])
+
+    module = Headed(lr=0.0)
+    _, readings = fit(module)
+    for reading, batch in zip(readings, data(), strict=True):
+        each = gnsmon.per_example_sq_norms(module, Headed.loss, batch)
+        parts = sum(float(n.sum()) for n in each.values()) / BATCH**2
+        assert reading.raw.parts_sq_norm == pytest.approx(parts, rel=1e-9)
+        assert reading.coverage == 1.0
+
+
 def test_manual_optimisation():
     _, readings = fit(Manual())
     assert_same(readings, plain(Inner(), window=2, clip=1e-2))
