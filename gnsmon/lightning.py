@@ -48,7 +48,7 @@ class GNSCallback(pl.Callback):
             LightningModule without a forward of its own it is its only child with parameters to
             train, else the whole. A run with several losses (a GAN) takes a callback for each net.
         weights: see `gnsmon.attach`; called with the arguments of the measured module's forward.
-        config: a `MonitorConfig`, which LightningCLI reads as `config: {every: 10}`, or a TOML file.
+        config: a `MonitorConfig` (LightningCLI reads it as `config: {every: 10}`) or a TOML file.
         settings: any field of `MonitorConfig`, over those of `config`; not spelled out here, where
             they would have to be kept in step with it.
 

@@ -662,8 +662,6 @@ class Sharded(Inner):
         (Inner, "ranks", 3),
         (Manual, "ranks", 2),
         (Own, "pepgns", 3),
-        (Inner, "pepgns", 1),
-        (Manual, "pepgns", 2),
         (Sharded, "pepgns", 1),
         (Sharded, "ranks", 3),
     ],
