@@ -314,6 +314,7 @@ def counted(rank, kind):
                 after.append(len(calls))
             assert after == [1, 1, 1, 2, 2, 2, 3]
             assert not gns.skipped
+            assert gns.readings["ranks"].raw == gns.readings["microbatch"].raw
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -815,6 +816,23 @@ class Scale(nn.Module):
 
 def test_a_layer_without_a_rule_in_shards(processes):
     processes(replayed)
+
+
+def divided(rank):
+    """A mean over another number than that of the ranks: nothing is guessed."""
+    model = tiny(kind=Plain)
+    fully_shard(model)
+    model.set_gradient_divide_factor(1.0)
+    opt = descent(model)
+    with watch(model, opt, method=["pepgns", "ranks"]) as gns:
+        with pytest.warns(RuntimeWarning, match="do not add up to .grad .off by.*mean over"):
+            step_of_fsdp(model, opt, batches([[2], [2]])[rank], 4)
+            opt.step()
+        assert gns.skipped == {"nothing measured": 2}
+
+
+def test_another_divide_factor_is_named(processes):
+    processes(divided)
 
 
 # What is refused.
