@@ -124,7 +124,8 @@ def attach(
     for one another. The first rank writes.
 
     Args:
-        model: what the training loop calls; of `DistributedDataParallel` the wrapper or its module.
+        model: what the training loop calls; of `DistributedDataParallel` the wrapper or its module;
+            of `fully_shard` its root, before or after.
         optimizer: whose steps end a measurement; several in a sequence; without any, call `commit`
             after each step.
         scaler: the GradScaler in use, so that |G|² and S are those of the loss itself.

@@ -842,7 +842,7 @@ def test_state_of_another_run_is_refused():
         gns.close()
 
 
-@pytest.mark.parametrize(("owner", "name"), [(PerExample, "_close"), (Estimator, "update")])
+@pytest.mark.parametrize(("owner", "name"), [(PerExample, "_share"), (Estimator, "update")])
 def test_repeated_faults_switch_the_monitor_off(monkeypatch, owner, name):
     model, optimizer, batch = make()
 
