@@ -126,7 +126,8 @@ def attach(
     writes.
 
     Args:
-        model: what the training loop calls; of `DistributedDataParallel` the wrapper or its module.
+        model: what the training loop calls; of `DistributedDataParallel` the wrapper or its module;
+            of `fully_shard` its root, before or after.
         optimizer: whose steps end a measurement; several in a sequence; without any, call `commit`
             after each step.
         scaler: the GradScaler in use, so that |G|² and S are those of the loss itself.
@@ -145,9 +146,6 @@ def attach(
         ValueError: on an unknown setting or an impossible value, naming it; on ranks that do not
             train the same model together.
     """
-    if isinstance(config, MonitorConfig):
-        settings = {**config.model_dump(exclude_unset=True), **settings}
-        config = None
     return Monitor(
         model,
         optimizer,
@@ -266,6 +264,11 @@ class Monitor:
     def reading(self) -> Reading | None:
         """The last reading of the first method; None before there is one."""
         return self.readings.get(self.config.method[0])
+
+    @property
+    def closed(self) -> bool:
+        """Whether it measures no more."""
+        return self._closed
 
     def commit(self) -> None:
         """End the step, where no optimizer was given: call it after the parameters changed."""
@@ -572,21 +575,19 @@ class Monitor:
         """Count a dropped measurement, say so once, and give up after repeated faults."""
         self.skipped[skipped.reason] += 1
         if method.off:
-            self._warn(
+            self.warn(
                 f"method {method.name!r} switched off after {PATIENCE} faults in a row, the last: "
                 f"{skipped.detail}"
             )
-        elif (
-            skipped.reason == "nonfinite"
-        ):  # now and then, of a loss scaler that looks for its scale
+        elif skipped.reason == "nonfinite":  # now and then a loss scaler in search of its scale
             self._overflows += 1
             if self._overflows == OVERFLOWS:
-                self._warn(
+                self.warn(
                     f"{OVERFLOWS} measurements in a row were not possible: {skipped.detail}, or "
                     "their squares overflow float32"
                 )
         elif self.skipped[skipped.reason] == 1:
-            self._warn(f"step {self.step} is not measured: {skipped.detail}")
+            self.warn(f"step {self.step} is not measured: {skipped.detail}")
 
     def _tell_missing(self, method: Method, missing: Mapping[str, str]) -> None:
         """Warn of parameters that are left out, once of each."""
@@ -596,9 +597,9 @@ class Monitor:
         if new and self._ranks.rank == 0:
             left_out = "".join(f"\n  {name}: {why}" for name, why in new.items())
             share = self._coverage(method).fraction
-            self._warn(f"{share:.1%} of the trainable parameters are measured; left out:{left_out}")
+            self.warn(f"{share:.1%} of the trainable parameters are measured; left out:{left_out}")
 
-    def _warn(self, text: str) -> None:
+    def warn(self, text: str) -> None:
         """Warn; where warnings are errors, log instead unless strict, for training must go on."""
         try:
             warnings.warn(f"gnsmon: {text}", RuntimeWarning, stacklevel=3)

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "collectors": {"norms", "estimators"},
     "methods": {"collectors", "estimators", "config"},
     "monitor": {"collectors", "estimators", "sinks", "advice", "config", "methods"},
+    "lightning": {"monitor", "config", "sinks", "advice", "estimators"},
     "checking": {"collectors", "estimators", "norms"},
 }
 WITHOUT_TORCH = {"estimators", "advice", "config", "sinks", "plots", "report"}
@@ -59,7 +60,15 @@ def loaded_after(code):
     return set(done.stdout.split())
 
 
-OPTIONAL = {"lightning", "transformers", "accelerate", "wandb", "tensorboard", "matplotlib"}
+OPTIONAL = {
+    "lightning",
+    "pytorch_lightning",
+    "transformers",
+    "accelerate",
+    "wandb",
+    "tensorboard",
+    "matplotlib",
+}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from ranks_worker import in_processes
 from test_microbatch import gradients
-from test_monitor import T, Tiny, brute, loss_of, watch
+from test_monitor import Checkpointed, T, Tiny, brute, loss_of, watch
 from test_ranks import batches
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -288,16 +288,21 @@ def test_weights_are_those_of_all_ranks(processes):
 # One sum; and where something is wrong on one rank.
 
 
-def counted(rank):
-    """One all_reduce a measured step for all sources, none on others; DDP calls none in Python."""
+def counted(rank, kind):
+    """One all_reduce a measured step, none on others; neither wrapper calls one in Python."""
     calls, all_reduce = [], dist.all_reduce
 
     def counting(tensor, *args, **kwargs):
         calls.append(tensor.numel())
         return all_reduce(tensor, *args, **kwargs)
 
-    model = tiny()
-    wrapped, opt = DDP(model), descent(model)
+    model = tiny(kind=Plain)
+    if kind == "ddp":
+        wrapped, take_step = DDP(model), step_of_ddp
+    else:
+        shard(model, "blocks")
+        wrapped, take_step = model, step_of_fsdp
+    opt = descent(model)
     own = batches(SIZES[:2])[rank]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_reduce", counting)
@@ -305,15 +310,17 @@ def counted(rank):
             calls.clear()  # whether all attach alike
             after = []
             for _ in range(7):
-                step_of_ddp(wrapped, opt, own, 6)
+                take_step(wrapped, opt, own, 6)
                 opt.step()
                 after.append(len(calls))
             assert after == [1, 1, 1, 2, 2, 2, 3]
             assert not gns.skipped
+            assert gns.readings["ranks"].raw == gns.readings["microbatch"].raw
 
 
-def test_one_sum_a_measured_step_for_all_sources(processes):
-    processes(counted)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_one_sum_a_measured_step_for_all_sources(processes, kind):
+    processes(counted, kind)
 
 
 def bypassed(model, gns):
@@ -406,11 +413,17 @@ TROUBLES = {
 }
 
 
-def troubled(rank, where):
+def troubled(rank, where, kind):
     own = batches([[2], [2]])[rank][0]
     for trouble, reason in TROUBLES.items():
-        model = tiny()
-        wrapped, opt = DDP(model), descent(model)
+        if trouble is two_forwards and kind == "fsdp":
+            continue  # whose ranks must gather as often as each other
+        model = tiny(kind=Plain)
+        if kind == "ddp":
+            wrapped = DDP(model)
+        else:
+            shard(wrapped := model, "blocks")
+        opt = descent(model)
         with (
             warnings.catch_warnings(record=True) as told,
             watch(wrapped, opt, strict=False, method=["pepgns", "sogns"]) as gns,
@@ -432,8 +445,9 @@ def troubled(rank, where):
 
 
 @pytest.mark.parametrize("where", [0, 1])
-def test_all_ranks_skip_what_one_cannot_measure(processes, where):
-    processes(troubled, where)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_all_ranks_skip_what_one_cannot_measure(processes, kind, where):
+    processes(troubled, where, kind)
 
 
 def written(rank):
@@ -486,7 +500,89 @@ def test_each_rank_draws_probes_of_its_own(processes):
     processes(own_probes)
 
 
+def sketched(rank):
+    """The sketch of all ranks is unbiased, and as far off as its variance says."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(D)
+    wrapped, opt = DDP(model), descent(model, lr=0.0)
+    x = torch.randn(2, 4, 12, 64, dtype=D)[rank]
+    errors, variances = [], []
+    with watch(wrapped, opt, method=["pepgns", "sketch"], subspace=2) as gns:
+        for _ in range(60):
+            opt.zero_grad()
+            wrapped(x).sin().mean().backward()
+            opt.step()
+            exact, drawn = (gns._methods[m].last for m in ("pepgns", "sketch"))
+            errors.append(float(drawn.parts_sq_norm.sum() - exact.parts_sq_norm.sum()))
+            variances.append(float(drawn.parts_variance.sum()))
+            agree(gns)
+    errors, variance = torch.tensor(errors), sum(variances) / len(variances)
+    assert abs(float(errors.mean())) < 4 * (variance / len(errors)) ** 0.5
+    assert 0.5 < float(errors.square().mean()) / variance < 1.7
+
+
+def test_the_sketch_of_all_ranks_is_as_good_as_it_says(processes):
+    processes(sketched)
+
+
+def calibrated(rank, expected):
+    model = tiny()
+    wrapped, opt = DDP(model), descent(model)
+    own = batches(SIZES[:2])[rank]
+    with watch(wrapped, opt, method=["sogns", "norm_layers"], calibrate_every=2) as gns:
+        for _ in range(4):
+            step_of_ddp(wrapped, opt, own, 6)
+            opt.step()
+            agree(gns)
+    assert_same(seen(gns), expected)
+
+
+def test_calibrations_are_those_of_one_process(processes):
+    model = tiny()
+    opt = descent(model)
+    micros = [micro for own in batches(SIZES[:2]) for micro in own]
+    with watch(model, opt, method=["sogns", "norm_layers"], calibrate_every=2) as gns:
+        for _ in range(4):
+            opt.zero_grad()
+            for micro in micros:
+                share(model, micro, 6).backward()
+            opt.step()
+    processes(calibrated, seen(gns))
+
+
+class CheckpointedPlain(Checkpointed):
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU()
+
+
+def recomputed(rank, expected, kind):
+    model = tiny(kind=CheckpointedPlain)
+    if kind == "ddp":
+        wrapped, take_step = DDP(model), step_of_ddp
+    else:
+        shard(model, "blocks")
+        wrapped, take_step = model, step_of_fsdp
+    opt = descent(model)
+    own = batches(SIZES[:2])[rank]
+    with watch(wrapped, opt, method=METHODS) as gns:
+        for of_step in expected:
+            take_step(wrapped, opt, own, 6)
+            opt.step()
+            assert_same(seen(gns), of_step)
+            agree(gns)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_checkpoints(processes, kind):
+    expected, _ = in_one_process(SIZES[:2], kind=CheckpointedPlain)
+    processes(recomputed, expected, kind)
+
+
 # fully_shard (FSDP2).
+
+
+BLOCKS = ("norm", "up", "down")
 
 
 def shard(model, kind, **options):
@@ -494,7 +590,7 @@ def shard(model, kind, **options):
     # Of a Linear by itself, which returns a view; with a monitor it does not.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     if kind == "blocks":
-        for block in (model.norm, model.up, model.down):
+        for block in map(model.get_submodule, BLOCKS):
             fully_shard(block, **options)
     fully_shard(model, **options)
 
@@ -658,8 +754,8 @@ def compiled(rank, expected):
     for late in (False, True):
         torch._dynamo.reset()
         model = tiny(kind=Plain)
-        gns = watch(model, None, method=["pepgns", "sogns", "sketch"])
-        for block in (model.norm, model.up, model.down):
+        gns = watch(model, None, method=["pepgns", "sogns", "sketch", "microbatch"])
+        for block in map(model.get_submodule, BLOCKS):
             if not late:
                 block.compile(backend="aot_eager")
             fully_shard(block)
@@ -673,8 +769,12 @@ def compiled(rank, expected):
             gns.commit()
             assert not gns.skipped
             assert gns.coverage().missing == {}
-            assert_same(seen(gns), expected[step])
+            assert_same({k: of for k, of in seen(gns).items() if k != "microbatch"}, expected[step])
             agree(gns)
+            # Which would have to be found in the model while their layer runs.
+            unseen = gns.coverage("microbatch").missing
+            assert set(unseen) <= {f"{b}.{n}" for b in BLOCKS for n in ("weight", "bias")}
+            assert all("could not be seen" in why for why in unseen.values())
         gns.close()
 
 
@@ -717,6 +817,23 @@ class Scale(nn.Module):
 
 def test_a_layer_without_a_rule_in_shards(processes):
     processes(replayed)
+
+
+def divided(rank):
+    """A mean over another number than that of the ranks: nothing is guessed."""
+    model = tiny(kind=Plain)
+    fully_shard(model)
+    model.set_gradient_divide_factor(1.0)
+    opt = descent(model)
+    with watch(model, opt, method=["pepgns", "ranks"]) as gns:
+        with pytest.warns(RuntimeWarning, match="do not add up to .grad .off by.*mean over"):
+            step_of_fsdp(model, opt, batches([[2], [2]])[rank], 4)
+            opt.step()
+        assert gns.skipped == {"nothing measured": 2}
+
+
+def test_another_divide_factor_is_named(processes):
+    processes(divided)
 
 
 # What is refused.

@@ -863,3 +863,21 @@ def test_all_methods_agree_in_expectation():
         error = difference.std(0) / np.sqrt(len(difference))
         assert (np.abs(difference.mean(0)) < 4 * error).all()
         assert (error < 0.2 * exact.mean(0)).all()
+
+
+def test_a_model_that_calls_itself_makes_one_forward():
+    """As a training step of Lightning does under DDP, where it is run as the model's forward."""
+
+    class Redirected(Tiny):
+        inside = False
+
+        def forward(self, ids):
+            self.inside = not self.inside
+            return self(ids).clone() if self.inside else super().forward(ids)
+
+    model, optimizer, batch = make(Redirected)
+    with watch(model, optimizer, method="microbatch") as gns:
+        for _ in range(2):
+            accumulation(model, optimizer, batch)
+            assert_right(gns, model, batch)
+        assert not gns.skipped

@@ -321,6 +321,15 @@ def test_wrong_weights_are_refused():
             optimizer.step()
 
 
+def test_weights_of_a_forward_that_is_not_called_are_missed():
+    model, optimizer, batch = make()
+    with watch(nn.ModuleDict({"net": model}), optimizer, weights=len) as gns:
+        loss_of(model, batch).backward()
+        with pytest.raises(ValueError, match=r"forward, which was not called"):
+            optimizer.step()
+        assert gns.reading is None
+
+
 def test_frozen_parameters_are_in_neither_norm():
     model, optimizer, batch = make(tied=False)
     model.up.weight.requires_grad_(False)
@@ -833,7 +842,7 @@ def test_state_of_another_run_is_refused():
         gns.close()
 
 
-@pytest.mark.parametrize(("owner", "name"), [(PerExample, "_close"), (Estimator, "update")])
+@pytest.mark.parametrize(("owner", "name"), [(PerExample, "_share"), (Estimator, "update")])
 def test_repeated_faults_switch_the_monitor_off(monkeypatch, owner, name):
     model, optimizer, batch = make()
 

@@ -208,6 +208,7 @@ class Microbatch:
         self._half: set[str] = set()  # parameters whose gradients came in half precision
         self._flowed: list[_Forward] = []  # into the present backward
         self._forwards = 0  # since the last microbatch
+        self._entered = False  # a forward is under way, and none inside it was
         self._blind = False  # nothing tells which forward a backward belongs to
         self._batch: int | None = None
         self._tokens: int | None = None
@@ -259,6 +260,7 @@ class Microbatch:
             self._learn(args, kwargs)
         else:
             self._install()
+            self._entered = True
             self._backwards.guarded(self._learn, args, kwargs)
 
     def _learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -275,6 +277,9 @@ class Microbatch:
         if torch.compiler.is_compiling():
             self._blind = True
             return
+        if not self._entered:  # it called the model itself, as a Lightning training step under DDP
+            return
+        self._entered = False
         forward = _Forward(self._batch, self._tokens, self._weights)
         outputs = [t for t in tensors_in(output) if t.grad_fn is not None]
         self._blind = self._blind or not outputs

@@ -415,6 +415,12 @@ class PerExample:
 
     def _weight_sums(self) -> dict[str, Tensor]:
         if all(p.weights is None for p in self._passes):
+            if self.taps.weigh is not None:
+                raise ValueError(
+                    "weights: they are made from the arguments of the attached model's forward, "
+                    "which was not called; attach the part of it that the loss calls, or call "
+                    "gns.weigh(...) before each backward"
+                )
             return {}
         each = [check_weights(p.weights, p.batch) for p in self._passes]
         weights = torch.cat(each).double()
