@@ -1,0 +1,157 @@
+"""How much each example weighs in a Trainer's loss, proven on the loss itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100  # a label that bears no loss
+ROWS = 1024  # of the logits that are read at a time, whose float32 copy may be large
+TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-2  # of the loss, relative
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One microbatch as the loss saw it."""
+
+    labels: Tensor | None  # [B, ...]
+    logits: Tensor | None  # [B, ..., classes]
+    loss: Tensor | None
+    items: Tensor | int | None  # the Trainer's num_items_in_batch: labels of the whole step
+    shifted: bool = False  # whether the labels stand beside the logits that predict them already
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A loss over labels: which of them, and what their sum is divided by."""
+
+    shift: bool  # each position predicts the next label
+    whole_step: bool  # by the labels of all microbatches; otherwise of one, and it is a mean
+
+
+class Weights:
+    """Weights [B] of each microbatch's examples, up to a factor for the whole optimizer step.
+
+    The loss of an example is the sum over its labels. A model that takes `num_items_in_batch`
+    divides by the labels of all microbatches, so that an example weighs as many as it has; others
+    take the mean over the microbatch, and an example weighs its share of it. Signatures do not tell
+    which (BERT with a sequence head takes the argument and ignores it, transformers 5.23). So the
+    loss is computed again from logits and labels, until one way alone gives the value that came.
+
+    Args:
+        microbatches: in an optimizer step.
+        ranks: that train together.
+        averaged: whether the labels are counted over all ranks.
+        scale: factor on the loss that is seen.
+        smoothing: of the labels.
+        shifts: what to expect; None where the model's loss is never shifted.
+        doubt: called with the reason when the weights cannot be proven.
+    """
+
+    def __init__(
+        self,
+        *,
+        microbatches: int,
+        ranks: int = 1,
+        averaged: bool = True,
+        scale: float = 1.0,
+        smoothing: float = 0.0,
+        shifts: bool | None = None,
+        doubt: Callable[[str], None],
+    ):
+        self._one = microbatches == 1 and ranks == 1
+        self._common = ranks == 1 or averaged  # whether all ranks divide by the same number
+        self._scale, self._smoothing, self._shifts = scale, smoothing, shifts
+        self._doubt = doubt
+        self._kind: Kind | None = None
+
+    def __call__(self, seen: Seen) -> Tensor | None:
+        """The weights; None where nothing tells how many examples there are."""
+        if seen.labels is None or not seen.labels.ndim:
+            self._doubt("the loss has no labels")
+            first = seen.logits
+            return None if first is None or not first.ndim else self._mean(_ones(first))
+        if seen.labels.is_floating_point():
+            if not self._is_mean_over_elements(seen):
+                self._doubt("the loss is no mean over its labels")
+            return self._mean(_ones(seen.labels))
+        kind = self._kind or self._find(seen)
+        counts = _bearing(_targets(seen, kind.shift)).reshape(len(seen.labels), -1).sum(1)
+        if not kind.whole_step:
+            return self._mean(counts)
+        return counts if self._common else counts / seen.items
+
+    def _mean(self, counts: Tensor) -> Tensor:
+        return counts if self._one else counts / counts.sum()
+
+    def _find(self, seen: Seen) -> Kind:
+        """The kind that gives the loss; the Trainer's own idea of it, with a doubt, if none does."""
+        errors = {kind: error for kind, error in self._errors(seen) if error <= _tolerance(seen)}
+        if not errors:
+            self._doubt("the loss is not that of the logits and labels")
+            return Kind(bool(self._shifts) and not seen.shifted, seen.items is not None)
+        kind = min(errors, key=lambda kind: errors[kind])
+        both = Kind(kind.shift, True) in errors and Kind(kind.shift, False) in errors
+        if self._one or not both:  # a short step of one microbatch does not tell the two apart
+            self._kind = kind
+        return kind
+
+    def _errors(self, seen: Seen) -> Iterator[tuple[Kind, float]]:
+        """Relative error of the loss by each kind that is possible."""
+        if seen.logits is None or seen.loss is None:
+            return
+        for shift in (False,) if seen.shifted or self._shifts is None else (True, False):
+            targets = _targets(seen, shift)
+            if seen.logits.shape[:-1] != targets.shape:
+                continue
+            total = self._scale * _loss_sum(seen.logits, targets, self._smoothing)
+            for whole_step in (True, False) if seen.items is not None else (False,):
+                of = seen.items if whole_step else _bearing(targets).sum()
+                yield Kind(shift, whole_step), float((total / of - seen.loss).abs() / seen.loss)
+
+    def _is_mean_over_elements(self, seen: Seen) -> bool:
+        """Whether the loss of labels that are numbers is their mean, squared or by yes and no."""
+        if self._kind is None and seen.logits is not None and seen.loss is not None:
+            y, labels = seen.logits.detach().squeeze().float(), seen.labels.squeeze().float()
+            if y.shape != labels.shape:
+                return False
+            means = F.mse_loss(y, labels), F.binary_cross_entropy_with_logits(y, labels)
+            errors = [float((self._scale * m - seen.loss).abs() / seen.loss) for m in means]
+            if min(errors) <= _tolerance(seen):
+                self._kind = Kind(shift=False, whole_step=False)
+        return self._kind is not None
+
+
+def _targets(seen: Seen, shift: bool) -> Tensor:
+    """The label that each position is to predict, as large as the labels."""
+    labels: Any = seen.labels
+    return F.pad(labels[..., 1:], (0, 1), value=IGNORED) if shift else labels
+
+
+def _bearing(targets: Tensor) -> Tensor:
+    return targets.ne(IGNORED)
+
+
+def _ones(tensor: Tensor) -> Tensor:
+    return torch.ones(len(tensor), dtype=torch.int64, device=tensor.device)
+
+
+def _loss_sum(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    rows = logits.detach().flatten(0, -2).split(ROWS)
+    return sum(
+        (
+            F.cross_entropy(y.float(), t, reduction="sum", label_smoothing=smoothing)
+            for y, t in zip(rows, targets.flatten().to(logits.device).split(ROWS), strict=True)
+        ),
+        start=logits.new_zeros((), dtype=torch.float32),
+    )
+
+
+def _tolerance(seen: Seen) -> float:
+    half = any(t is not None and t.dtype.itemsize == 2 for t in (seen.logits, seen.loss))
+    return HALF_TOLERANCE if half else TOLERANCE
