@@ -90,7 +90,7 @@ class Weights:
         return counts if self._one else counts / counts.sum()
 
     def _find(self, seen: Seen) -> Kind:
-        """The kind that gives the loss; the Trainer's own idea of it, with a doubt, if none does."""
+        """The kind that gives the loss; what may be expected, with a doubt, if none does."""
         errors = {kind: error for kind, error in self._errors(seen) if error <= _tolerance(seen)}
         if not errors:
             self._doubt("the loss is not that of the logits and labels")
