@@ -431,6 +431,33 @@ def test_bf16_autocast(tmp_path):
     assert_right(readings, seen, model, rel=2e-2)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_a_compiled_model(tmp_path):
+    """Layers without a rule, as Llama's own norms, are not replayed in a compiled graph."""
+    model = llama()
+    trainer = make(
+        tmp_path, model, sequences(12), torch_compile=True, torch_compile_backend="aot_eager"
+    )
+    callback, readings, seen = watch(trainer)
+    with pytest.warns(RuntimeWarning, match="not replayed in a compiled model"):
+        trainer.train()
+    missing = callback.monitor.coverage().missing
+    assert missing and all("norm" in name for name in missing)
+    assert_right(readings, seen, model, but=missing)
+
+
+def test_sources_without_layers_weigh_alike(tmp_path):
+    trainer = make(tmp_path, llama(), sequences(12))
+    _, readings, seen = watch(trainer, method=["pepgns", "microbatch"])
+    trainer.train()
+    for reading, microbatches in zip(readings[1::2], seen.steps, strict=False):
+        counts = [bearing(batch, True) for batch in microbatches]
+        assert reading.method == "microbatch" and reading.tokens == sum(counts)
+        expected = sum(n**2 for n in counts) / sum(counts) ** 2
+        assert reading.raw.sum_sq_weights == pytest.approx(expected)
+    assert "gns/microbatch/tr_sigma" in trainer.state.log_history[0]
+
+
 def test_a_frozen_model_with_adapters(tmp_path):
     """As PEFT leaves it: nothing but small layers beside the frozen ones is trained."""
 

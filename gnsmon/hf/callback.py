@@ -161,13 +161,14 @@ class GNSCallback(TrainerCallback, ExportableState):
         if reading is None or reading.step == self._logged_step:
             return
         self._logged_step = reading.step
-        primary = self.monitor.config.method[0]
-        for method, of in self.monitor.readings.items():
-            values = scalars(of, prefix(method, primary))
-            numbers = {key: v for key, v in values.items() if "/layer/" not in key}
-            logs.update(numbers)
-            if state.log_history:  # it has a copy, made before this event
-                state.log_history[-1].update(numbers)
+        numbers = {
+            key: value
+            for method, of in self.monitor.readings.items()
+            for key, value in scalars(of, prefix(method, reading.method)).items()
+            if of.step == reading.step and "/layer/" not in key
+        }
+        logs.update(numbers)
+        state.log_history[-1].update(numbers)  # a copy of the logs, made before this event
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Detach; `monitor` keeps its last reading and its advice."""
