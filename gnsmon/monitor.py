@@ -520,13 +520,7 @@ class Monitor:
             self._warn(f"{share:.1%} of the trainable parameters are measured; left out:{left_out}")
 
     def _warn(self, text: str) -> None:
-        """Warn; where warnings are errors, log instead unless strict, for training must go on."""
-        try:
-            warnings.warn(f"gnsmon: {text}", RuntimeWarning, stacklevel=3)
-        except RuntimeWarning:
-            if self.config.strict:
-                raise
-            logging.getLogger("gnsmon").warning(text)
+        tell(text, strict=self.config.strict)
 
     def _start(self) -> None:
         """Announce the run to the sinks, once what is covered is known."""
@@ -563,6 +557,16 @@ class Monitor:
                 "python": platform.python_version(),
             },
         }
+
+
+def tell(text: str, *, strict: bool) -> None:
+    """Warn; where warnings are errors, log instead unless strict, for training must go on."""
+    try:
+        warnings.warn(f"gnsmon: {text}", RuntimeWarning, stacklevel=4)
+    except RuntimeWarning:
+        if strict:
+            raise
+        logging.getLogger("gnsmon").warning(text)
 
 
 def _checked_ranks(model: nn.Module, config: MonitorConfig) -> Ranks:

@@ -2,10 +2,14 @@
 
 import copy
 import json
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from ranks_worker import as_launched, in_processes
 from torch import nn
 
 import gnsmon
@@ -13,11 +17,10 @@ from gnsmon.sinks import read_log
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+from gnsmon.hf.weights import Kind, Seen, Weights  # noqa: E402
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*tensorboard.*deprecat:FutureWarning"),
-]
+FILTERED = [".*pin_memory.*no accelerator"]
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{words}:UserWarning") for words in FILTERED]
 VOCABULARY, T = 23, 8
 TOLERANCE = {"rel": 1e-5}
 
@@ -202,6 +205,37 @@ def test_causal_language_model_weighs_by_labels_of_the_whole_step(tmp_path):
         big, _, _ = brute(model, microbatches)
         assert reading.raw.big_sq_norm == pytest.approx(big, **TOLERANCE)
         assert reading.tokens == sum(bearing(batch, True) for batch in microbatches)
+
+
+def loss_by(kind, rows, divisor):
+    """Logits, labels and loss of a microbatch; `divisor` is the labels of the step."""
+    logits = torch.randn(rows, T, VOCABULARY)
+    labels = torch.randint(0, VOCABULARY, (rows, T))
+    labels[:, 3:][torch.rand(rows, T - 3) < 0.5] = -100
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100) if kind.shift else labels
+    total = F.cross_entropy(logits.mT, targets, reduction="sum")
+    counts = targets.ne(-100).sum(1)
+    of = divisor or counts.sum()
+    loss = total / (of if kind.whole_step else counts.sum())
+    return Seen(labels, logits, loss, items=of), counts
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("whole_step", [False, True])
+def test_the_loss_itself_tells_how_the_examples_weigh(shift, whole_step):
+    """Whatever is expected, and though the first step, of one microbatch, leaves it open."""
+    kind, doubts = Kind(shift, whole_step), []
+    weights = Weights(microbatches=2, shifts=not shift, doubt=doubts.append)
+    for divisor in (None, 97, 97):
+        seen, counts = loss_by(kind, 4, divisor)
+        expected = counts if whole_step and divisor else counts / counts.sum()
+        found = weights(seen)
+        assert torch.allclose(found / found.sum(), counts / counts.sum())
+        assert divisor is None or torch.allclose(found.float(), expected.float())
+    assert not doubts
+    weights(replace(seen, labels=None))
+    Weights(microbatches=2, shifts=shift, doubt=doubts.append)(replace(seen, loss=3 * seen.loss))
+    assert doubts == ["the loss has no labels", "the loss is not that of the logits and labels"]
 
 
 def test_the_norm_is_the_trainers_own_before_clipping(tmp_path):
@@ -458,6 +492,18 @@ def test_sources_without_layers_weigh_alike(tmp_path):
     assert "gns/microbatch/tr_sigma" in trainer.state.log_history[0]
 
 
+def test_the_scaler_of_half_precision(tmp_path):
+    """Which Accelerate makes on a GPU only, so it is put in its place."""
+    model = llama()
+    trainer = make(tmp_path, model, sequences(12), max_grad_norm=0)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    _, readings, seen = watch(trainer)
+    trainer.train()
+    assert_right(readings, seen, model)
+    big, _, _ = brute(model, seen.steps[0])
+    assert readings[0].raw.big_sq_norm == pytest.approx(big, **TOLERANCE)
+
+
 def test_a_frozen_model_with_adapters(tmp_path):
     """As PEFT leaves it: nothing but small layers beside the frozen ones is trained."""
 
@@ -610,3 +656,56 @@ def test_settings_are_checked_at_once(tmp_path):
     one, other = gnsmon.hf.GNSCallback(every=2), gnsmon.hf.GNSCallback(every=5)
     assert (one.config.every, other.config.every) == (2, 5)
     assert type(one)() is one and one.config.every == 2
+
+
+def in_two_processes(rank, folder, averaged, method):
+    """Two microbatches on each rank; the parts are those of all four."""
+    for words in FILTERED:
+        warnings.filterwarnings("ignore", words)
+    as_launched(rank)
+    torch.manual_seed(0)
+    model = llama()
+    trainer = make(
+        folder,
+        model,
+        sequences(36),
+        ddp_backend="gloo",
+        average_tokens_across_devices=averaged,
+        learning_rate=0.0,
+    )
+    callback, readings, seen = watch(trainer, method=method)
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+    assert len(readings) == (3 if rank == 0 else 0)
+    assert callback.monitor.step == 3 and not callback.monitor.skipped
+    for i, microbatches in enumerate(seen.steps[:3]):
+        everywhere = [None, None]
+        dist.all_gather_object(everywhere, microbatches)
+        if rank == 0:
+            compare(model, readings[i], everywhere, averaged)
+    assert bare(model, trainer)
+
+
+def compare(model, reading, everywhere, averaged):
+    """Each microbatch by itself, in float64; a rank counts its own labels, or all do together."""
+    model = copy.deepcopy(model).double()
+    counts = [[float(bearing(batch, True)) for batch in own] for own in everywhere]
+    weights, parts = [], []
+    for own, of_rank in zip(everywhere, counts, strict=True):
+        for batch, n in zip(own, of_rank, strict=True):
+            whole = sum(map(sum, counts)) if averaged else 2 * sum(of_rank)
+            loss = model(**batch, num_items_in_batch=torch.tensor(whole)).loss
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            parts.append(torch.cat([g.flatten() for g in gradients]))
+            weights.append(n / whole)
+    parts = torch.stack(parts)
+    assert sum(weights) == pytest.approx(1)
+    assert reading.examples == 12
+    assert reading.raw.big_sq_norm == pytest.approx(float(parts.sum(0).square().sum()), **TOLERANCE)
+    assert reading.raw.parts_sq_norm == pytest.approx(float(parts.square().sum()), **TOLERANCE)
+    assert reading.raw.sum_sq_weights == pytest.approx(sum(w**2 for w in weights), rel=1e-6)
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_two_processes(tmp_path, averaged):
+    in_processes(in_two_processes, tmp_path, averaged, "ranks", folder=tmp_path)

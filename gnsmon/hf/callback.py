@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 
 from gnsmon.config import MonitorConfig, load
 from gnsmon.hf.weights import Seen, Weights
-from gnsmon.monitor import Monitor
+from gnsmon.monitor import Monitor, tell
 from gnsmon.monitor import attach as attach_monitor
-from gnsmon.norms.inputs import Announce
+from gnsmon.norms.inputs import Announce, read_batch
 from gnsmon.sinks.keys import prefix, scalars
 
 try:
@@ -168,7 +167,8 @@ class GNSCallback(TrainerCallback, ExportableState):
             if of.step == reading.step and "/layer/" not in key
         }
         logs.update(numbers)
-        state.log_history[-1].update(numbers)  # a copy of the logs, made before this event
+        if state.log_history:  # it has a copy of the logs, made before this event
+            state.log_history[-1].update(numbers)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Detach; `monitor` keeps its last reading and its advice."""
@@ -279,7 +279,8 @@ class GNSCallback(TrainerCallback, ExportableState):
             )
 
     def _warn(self, text: str) -> None:
-        warnings.warn(f"gnsmon: {text}", RuntimeWarning, stacklevel=3)
+        if self.monitor is not None and self.monitor.run_dir is not None:  # the first rank
+            tell(text, strict=self.config.strict)
 
 
 def _outside_graphs(
@@ -303,5 +304,6 @@ def _seen(inputs: Mapping[str, Any], output: Any, loss: Tensor | None = None) ->
         logits=logits if isinstance(logits, Tensor) else None,
         loss=loss,
         items=inputs.get("num_items_in_batch"),
+        examples=read_batch((), inputs, 0).size,
         shifted=shifted is not None,
     )

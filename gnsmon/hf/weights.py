@@ -23,6 +23,7 @@ class Seen:
     logits: Tensor | None  # [B, ..., classes]
     loss: Tensor | None
     items: Tensor | int | None  # the Trainer's num_items_in_batch: labels of the whole step
+    examples: int | None = None
     shifted: bool = False  # whether the labels stand beside the logits that predict them already
 
 
@@ -74,12 +75,11 @@ class Weights:
         """The weights; None where nothing tells how many examples there are."""
         if seen.labels is None or not seen.labels.ndim:
             self._doubt("the loss has no labels")
-            first = seen.logits
-            return None if first is None or not first.ndim else self._mean(_ones(first))
+            return None if seen.examples is None else self._mean(torch.ones(seen.examples).long())
         if seen.labels.is_floating_point():
             if not self._is_mean_over_elements(seen):
                 self._doubt("the loss is no mean over its labels")
-            return self._mean(_ones(seen.labels))
+            return self._mean(torch.ones(len(seen.labels)).long())
         kind = self._kind or self._find(seen)
         counts = _bearing(_targets(seen, kind.shift)).reshape(len(seen.labels), -1).sum(1)
         if not kind.whole_step:
@@ -91,13 +91,15 @@ class Weights:
 
     def _find(self, seen: Seen) -> Kind:
         """The kind that gives the loss; what may be expected, with a doubt, if none does."""
-        errors = {kind: error for kind, error in self._errors(seen) if error <= _tolerance(seen)}
-        if not errors:
+        found = {kind: error for kind, error in self._errors(seen) if error <= _tolerance(seen)}
+        if not found:
             self._doubt("the loss is not that of the logits and labels")
             return Kind(bool(self._shifts) and not seen.shifted, seen.items is not None)
-        kind = min(errors, key=lambda kind: errors[kind])
-        both = Kind(kind.shift, True) in errors and Kind(kind.shift, False) in errors
-        if self._one or not both:  # a short step of one microbatch does not tell the two apart
+        # Logits that are all alike give the same loss wherever the labels stand.
+        likely = {kind: e for kind, e in found.items() if kind.shift == self._shifts} or found
+        kind = min(likely, key=lambda kind: likely[kind])
+        # A step that is short of microbatches may have one, which does not tell the divisors apart.
+        if len({kind.shift for kind in found}) == 1 and (self._one or len(found) == 1):
             self._kind = kind
         return kind
 
@@ -105,7 +107,8 @@ class Weights:
         """Relative error of the loss by each kind that is possible."""
         if seen.logits is None or seen.loss is None:
             return
-        for shift in (False,) if seen.shifted or self._shifts is None else (True, False):
+        fixed = seen.shifted or self._shifts is None or _targets(seen, False).ndim < 2
+        for shift in (False,) if fixed else (True, False):
             targets = _targets(seen, shift)
             if seen.logits.shape[:-1] != targets.shape:
                 continue
@@ -135,10 +138,6 @@ def _targets(seen: Seen, shift: bool) -> Tensor:
 
 def _bearing(targets: Tensor) -> Tensor:
     return targets.ne(IGNORED)
-
-
-def _ones(tensor: Tensor) -> Tensor:
-    return torch.ones(len(tensor), dtype=torch.int64, device=tensor.device)
 
 
 def _loss_sum(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
