@@ -136,12 +136,15 @@ def parse_half_life(text: str) -> tuple[float, str]:
     return amount, unit
 
 
-def load(kind: type[Model], path: str | Path | None, **overrides: Any) -> Model:
-    """The settings of a TOML file, with `overrides` on top.
+def load(kind: type[Model], path: Model | str | Path | None, **overrides: Any) -> Model:
+    """The settings of a TOML file or those made before, with `overrides` on top.
 
     Raises:
         ValueError: on an unknown key (with the nearest one) or an impossible value, naming the key.
     """
+    if isinstance(path, kind):
+        path, overrides = None, {**path.model_dump(exclude_unset=True), **overrides}
+    assert not isinstance(path, BaseModel)
     where = f"{path}: " if path is not None else ""
     try:
         values = tomllib.loads(Path(path).read_text()) if path is not None else {}

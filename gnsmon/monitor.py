@@ -135,9 +135,6 @@ def attach(
     Raises:
         ValueError: on an unknown setting or an impossible value, naming it.
     """
-    if isinstance(config, MonitorConfig):
-        settings = {**config.model_dump(exclude_unset=True), **settings}
-        config = None
     return Monitor(
         model,
         optimizer,
@@ -223,6 +220,11 @@ class Monitor:
     def reading(self) -> Reading | None:
         """The last reading of the first method; None before there is one."""
         return self.readings.get(self.config.method[0])
+
+    @property
+    def closed(self) -> bool:
+        """Whether it measures no more."""
+        return self._closed
 
     def commit(self) -> None:
         """End the step, where no optimizer was given: call it after the parameters changed."""
@@ -502,12 +504,12 @@ class Monitor:
         """Count a dropped measurement, say so once, and give up after repeated faults."""
         self.skipped[skipped.reason] += 1
         if method.off:
-            self._warn(
+            self.warn(
                 f"method {method.name!r} switched off after {PATIENCE} faults in a row, the last: "
                 f"{skipped.detail}"
             )
         elif self.skipped[skipped.reason] == 1 and skipped.reason != "nonfinite":
-            self._warn(f"step {self.step} is not measured: {skipped.detail}")
+            self.warn(f"step {self.step} is not measured: {skipped.detail}")
 
     def _tell_missing(self, method: Method, missing: Mapping[str, str]) -> None:
         """Warn of parameters that are left out, once of each."""
@@ -517,10 +519,16 @@ class Monitor:
         if new and self._ranks.rank == 0:
             left_out = "".join(f"\n  {name}: {why}" for name, why in new.items())
             share = self._coverage(method).fraction
-            self._warn(f"{share:.1%} of the trainable parameters are measured; left out:{left_out}")
+            self.warn(f"{share:.1%} of the trainable parameters are measured; left out:{left_out}")
 
-    def _warn(self, text: str) -> None:
-        tell(text, strict=self.config.strict)
+    def warn(self, text: str) -> None:
+        """Warn; where warnings are errors, log instead unless strict, for training must go on."""
+        try:
+            warnings.warn(f"gnsmon: {text}", RuntimeWarning, stacklevel=3)
+        except RuntimeWarning:
+            if self.config.strict:
+                raise
+            logging.getLogger("gnsmon").warning(text)
 
     def _start(self) -> None:
         """Announce the run to the sinks, once what is covered is known."""
@@ -557,16 +565,6 @@ class Monitor:
                 "python": platform.python_version(),
             },
         }
-
-
-def tell(text: str, *, strict: bool) -> None:
-    """Warn; where warnings are errors, log instead unless strict, for training must go on."""
-    try:
-        warnings.warn(f"gnsmon: {text}", RuntimeWarning, stacklevel=4)
-    except RuntimeWarning:
-        if strict:
-            raise
-        logging.getLogger("gnsmon").warning(text)
 
 
 def _checked_ranks(model: nn.Module, config: MonitorConfig) -> Ranks:

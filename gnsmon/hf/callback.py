@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gnsmon.config import MonitorConfig, load
 from gnsmon.hf.weights import Seen, Weights
-from gnsmon.monitor import Monitor, tell
+from gnsmon.monitor import Monitor
 from gnsmon.monitor import attach as attach_monitor
 from gnsmon.norms.inputs import Announce, read_batch
 from gnsmon.sinks.keys import prefix, scalars
@@ -99,8 +99,6 @@ class GNSCallback(TrainerCallback, ExportableState):
     ):
         if hasattr(self, "monitor"):
             return
-        if isinstance(config, MonitorConfig):
-            settings, config = {**config.model_dump(exclude_unset=True), **settings}, None
         self.config = load(MonitorConfig, config, **settings)
         self.monitor: Monitor | None = None
         self.saved: dict[str, Any] | None = None  # under this name in a checkpoint
@@ -153,7 +151,7 @@ class GNSCallback(TrainerCallback, ExportableState):
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
         """Add the readings to the Trainer's logs, once each; those of layers go to sinks only."""
-        if self.monitor is None or not self._undo or not logs or "loss" not in logs:
+        if self.monitor is None or self.monitor.closed or not logs or "loss" not in logs:
             return
         self.monitor.log_loss(float(logs["loss"]))
         reading = self.monitor.reading
@@ -180,7 +178,7 @@ class GNSCallback(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"saved": self._state()}}
 
     def _state(self) -> dict[str, Any] | None:
-        running = self.monitor is not None and self._undo
+        running = self.monitor is not None and not self.monitor.closed
         return self.monitor.state_dict() if running else self.saved
 
     def _come_first(self) -> None:
@@ -280,7 +278,7 @@ class GNSCallback(TrainerCallback, ExportableState):
 
     def _warn(self, text: str) -> None:
         if self.monitor is not None and self.monitor.run_dir is not None:  # the first rank
-            tell(text, strict=self.config.strict)
+            self.monitor.warn(text)
 
 
 def _outside_graphs(
