@@ -52,6 +52,7 @@ def sources(
             calibrated=config.calibrate_every is not None,
             subspace=config.subspace,
             probes=config.probes,
+            ranks=ranks,
             **options,
         )
         found[tapped[0]] = (collector, tapped)

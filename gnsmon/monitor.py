@@ -29,13 +29,16 @@ from gnsmon.advice import Advice, advise
 from gnsmon.collectors.groups import group_of
 from gnsmon.collectors.per_example import NOT_A_NORM
 from gnsmon.collectors.random_signs import RandomSigns
-from gnsmon.collectors.reduction import Ranks
+from gnsmon.collectors.reduction import Ranks, alike, over_ranks
+from gnsmon.collectors.shards import refusal
 from gnsmon.collectors.step import (
     NO_BACKWARD,
     NO_LOSSES,
     NO_TAP,
     UNUSED,
+    Columns,
     Measured,
+    Share,
     Skipped,
     StepNorms,
 )
@@ -59,6 +62,7 @@ class Collector(Protocol):
     """Makes norms of each optimizer step, by one or several methods in one pass."""
 
     names: list[str]  # of all parameters, in the order of the norms
+    columns: Columns  # of its shares
 
     @property
     def wanted(self) -> bool:
@@ -78,8 +82,11 @@ class Collector(Protocol):
     def weigh(self, weights: Tensor) -> None:
         """Weigh the examples of the batch whose backward comes next."""
 
-    def close(self) -> Measured | Skipped | None:
-        """The step's norms by each method; None when it was not to be measured."""
+    def share(self) -> Share | Skipped | None:
+        """What this process brings to the step, forgotten here; None if it is not measured."""
+
+    def norms(self, share: Share) -> Measured | Skipped:
+        """The step's norms by each method, from its share or that of all ranks."""
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -112,9 +119,9 @@ def attach(
 ) -> Monitor:
     """Measure the gradient noise scale of a training run, whose loop stays as it is.
 
-    Call it before `torch.compile` and before the first step. With several ranks, which only the
-    method "ranks" measures, call it and load its state on every one, and take as many optimizer
-    steps on each: at a measured step they wait for one another. The first rank writes.
+    Call it before `torch.compile` and before the first step. With several ranks, call it and load
+    its state on every one, and take as many optimizer steps on each: at a measured step they wait
+    for one another. The first rank writes.
 
     Args:
         model: what the training loop calls; of `DistributedDataParallel` the wrapper or its module.
@@ -133,7 +140,8 @@ def attach(
         The monitor; also a context manager that closes itself.
 
     Raises:
-        ValueError: on an unknown setting or an impossible value, naming it.
+        ValueError: on an unknown setting or an impossible value, naming it; on ranks that do not
+            train the same model together.
     """
     return Monitor(
         model,
@@ -157,10 +165,11 @@ class Monitor:
         weights: Callable[..., Tensor] | None = None,
     ):
         model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-        self._ranks = _checked_ranks(model, config)
+        self._ranks = Ranks.of(model)
         if isinstance(model, DistributedDataParallel):
             model = getattr(model.module, "_orig_mod", model.module)
         self.config, self.model = config, model
+        self._check_ranks()
         self._scaler = scaler
         optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
         # Wrappers such as Accelerate's hide the optimizer whose hooks fire.
@@ -174,6 +183,17 @@ class Monitor:
         self._sources: list[tuple[Collector, list[str]]] = sources(
             model, config, weights, self._ranks
         )
+        if self._ranks.size > 1:
+            layouts = [collector.columns for collector, _ in self._sources]
+            settings = config.method, config.every, config.calibrate_every
+            device = next(model.parameters()).device
+            if not alike((settings, layouts), self._ranks, device=device):
+                for collector, _ in self._sources:
+                    collector.remove()
+                raise ValueError(
+                    "ranks: expected the same model and the same settings on each, as of "
+                    "data-parallel training (not the stages of a pipeline); they differ"
+                )
         names = self._sources[0][0].names
         self._groups, self._index = _index(names, group_of(model, config.groups))
         # A rank that switched itself off would leave the others waiting.
@@ -215,6 +235,24 @@ class Monitor:
             for i, o in enumerate(self._optimizers)
         ]
         self._arm()
+
+    def _check_ranks(self) -> None:
+        """Raises ValueError where the methods, or the model, do not fit the ranks."""
+        methods = self.config.method
+        if self._ranks.size == 1:
+            if "ranks" in methods:
+                raise ValueError(
+                    "method: 'ranks' compares the ranks of data-parallel training, and this is one "
+                    "process; use 'pepgns', or attach after torch.distributed.init_process_group"
+                )
+            return
+        if odd := [method for method in methods if "random_signs" in method.split("+")]:
+            raise ValueError(
+                f"method: {odd[0]!r} measures one process only, and this is a run of "
+                f"{self._ranks.size} ranks; use 'pepgns', 'sketch' or 'ranks'"
+            )
+        if why := self._refusal():
+            raise ValueError(f"model: its gradients cannot be measured: {why}")
 
     @property
     def reading(self) -> Reading | None:
@@ -354,8 +392,9 @@ class Monitor:
             return
         measured = any(collector.wanted for collector, _ in self._sources)
         found: dict[str, Outcome] = {}
-        for collector, names in self._sources:
-            outcome = self._guarded(lambda c=collector: self._closed_by(c))
+        for (collector, names), outcome in zip(self._sources, self._shares(), strict=True):
+            if isinstance(outcome, Share):
+                outcome = self._guarded(lambda c=collector, s=outcome: self._norms(c, s))
             found |= outcome if isinstance(outcome, dict) else dict.fromkeys(names, outcome)
         said: list[Skipped] = []  # by several methods at once, perhaps
         for method in self._methods.values():
@@ -368,9 +407,32 @@ class Monitor:
         self.step += first
         self._arm()
 
-    def _closed_by(self, collector: Collector) -> Measured | Skipped | None:
-        norms = collector.close()
-        if not isinstance(norms, dict):
+    def _shares(self) -> list[Share | Skipped | None]:
+        """What the sources bring to the step on all ranks together; None if it is not measured."""
+        collectors = [collector for collector, _ in self._sources]
+        unread = Skipped("fault", "what it measured could not be read")
+        shares = [unread if collector.wanted else None for collector in collectors]
+        measured = [i for i, share in enumerate(shares) if share]
+        try:
+            refused = Skipped("sharding", why) if measured and (why := self._refusal()) else None
+            for i, collector in enumerate(collectors):
+                share = self._guarded(collector.share)
+                shares[i] = share and (refused or share)
+        finally:  # the other ranks wait for this one, whatever has gone wrong here
+            if self._ranks.size > 1 and measured:
+                local = [(shares[i], collectors[i].columns) for i in measured]
+                device = next(self.model.parameters()).device
+                of_all = over_ranks(local, self._ranks, device=device)
+                for i, share in zip(measured, of_all, strict=True):
+                    shares[i] = share
+        return shares
+
+    def _refusal(self) -> str | None:
+        return refusal(self.model, self._ranks) if self._ranks.size > 1 else None
+
+    def _norms(self, collector: Collector, share: Share) -> Measured | Skipped:
+        norms = collector.norms(share)
+        if isinstance(norms, Skipped):
             return norms
         scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
         return {method: of.unscaled(scale) for method, of in norms.items()}
@@ -565,22 +627,6 @@ class Monitor:
                 "python": platform.python_version(),
             },
         }
-
-
-def _checked_ranks(model: nn.Module, config: MonitorConfig) -> Ranks:
-    """The ranks that train the model together; raises ValueError where the methods do not fit."""
-    ranks = Ranks.of(model)
-    if ranks.size > 1 and config.method != ["ranks"]:
-        raise ValueError(
-            f"method: expected 'ranks' in a run of {ranks.size} ranks, got {config.method}: the "
-            "others measure one process and would report the noise of its local batch only"
-        )
-    if ranks.size == 1 and "ranks" in config.method:
-        raise ValueError(
-            "method: 'ranks' compares the ranks of data-parallel training, and this is one "
-            "process; use 'pepgns', or attach after torch.distributed.init_process_group"
-        )
-    return ranks
 
 
 class _Clock:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from gnsmon.collectors import microbatch
 from gnsmon.collectors.microbatch import every_part
 from gnsmon.collectors.reduction import Ranks, over_ranks
-from gnsmon.collectors.step import Share, Skipped
+from gnsmon.collectors.step import Columns, Share, Skipped
 
 D = torch.float64
 SIZES = [[2, 1, 3], [1, 4, 2], [2, 2, 1], [3, 1, 1]]  # of the microbatches of each rank
@@ -385,15 +385,17 @@ def spoiled(rank):
 
 
 def share_of(rank, **changed):
-    """Two parameters; what a rank has seen is twice what it is worth in `.grad`."""
+    """Two parameters, the first with two rows in the proof."""
     return Share(
         **{
             "parts_sq_norm": np.array([[4.0, 8.0 * rank]]),
-            "along": np.array([2.0 + rank, 6.0]),
-            "big_sq_norm": np.array([3.0, 5.0]) + 100 * rank,
-            "big_along": np.array([2.5, 6.0]) + 100 * rank,
+            "along": np.array([2.0 + rank, 6.0, 1.0]),
+            "big_sq_norm": np.array([3.0, 5.0]) * rank,
+            "big_along": np.array([2.5, 6.0, 7.0]) * rank,
             "present": np.array([rank == 1, False]),
-            "whole": 9.0 + 100 * rank,
+            "seen": np.array([True, rank == 0]),
+            "half": np.array([False, rank == 0]),
+            "whole": 9.0 * rank,
             "sum_weights": 3.0 + rank,
             "sum_sq_weights": 5.0,
             "weighted": False,
@@ -408,18 +410,24 @@ def share_of(rank, **changed):
 
 
 def summed(rank):
-    names, ranks = ["a", "b"], Ranks.of(nn.Linear(1, 1))
+    columns, ranks = Columns(["a", "b"], 1, np.array([0, 0, 1])), Ranks.of(nn.Linear(1, 1))
     assert (ranks.rank, ranks.size) == (rank, 2)
 
+    def over_all(*of_sources):
+        local = [(share, columns) for share in of_sources]
+        return over_ranks(local, ranks, device=torch.device("cpu"))
+
     def over(local):
-        return over_ranks(local, names, ranks, device=torch.device("cpu"))
+        return over_all(local)[0]
 
     whole = over(share_of(rank))
-    assert whole.parts_sq_norm.tolist() == [[2.0, 2.0]]
-    assert whole.along.tolist() == [2.5, 6.0]
+    assert whole.parts_sq_norm.tolist() == [[8.0, 8.0]]
+    assert whole.along.tolist() == [5.0, 12.0, 2.0]
     assert whole.big_sq_norm.tolist() == [3.0, 5.0]
-    assert whole.big_along.tolist() == [2.5, 6.0]
+    assert whole.big_along.tolist() == [2.5, 6.0, 7.0]
     assert whole.present.tolist() == [True, False]
+    assert whole.seen.tolist() == [True, True]
+    assert whole.half.tolist() == [False, True]
     assert (whole.whole, whole.sum_weights, whole.sum_sq_weights) == (9.0, 7.0, 10.0)
     assert (whole.examples, whole.tokens, whole.weighted) == (7, 60, False)
     assert (whole.microbatch, whole.microbatches, whole.missing) == (2, 2, {})
@@ -428,7 +436,9 @@ def summed(rank):
     assert missing == {"b": "torn" if rank else "it was left out on another rank, as it says there"}
     both = over(Skipped("nonfinite" if rank else "a reason of more than 24 letters", "mine"))
     assert both == Skipped("a reason of more than 24", "mine")
-    assert over(Skipped("fault", "x") if rank else share_of(rank)).reason == "fault"
+    first, second = over_all(Skipped("fault", "x") if rank else share_of(rank), share_of(rank))
+    assert first.reason == "fault"
+    assert second.parts_sq_norm.tolist() == [[8.0, 8.0]]
 
 
 def test_the_sum_over_ranks(processes):
@@ -505,12 +515,12 @@ def test_the_first_rank_writes(processes):
 
 def refused(rank):
     model, wrapped, optimizer = tiny()
-    for method in ("pepgns", "microbatch", ["ranks", "pepgns"]):
-        with pytest.raises(ValueError, match="method: expected 'ranks' in a run of 2 ranks, got"):
+    for method in ("random_signs", "pepgns+random_signs"):
+        with pytest.raises(ValueError, match="measures one process only, and this is a run of 2"):
             watch(wrapped, optimizer, method=method)
 
 
-def test_other_methods_are_refused_on_several_ranks(processes):
+def test_random_signs_are_refused_on_several_ranks(processes):
     processes(refused)
 
 

@@ -14,12 +14,14 @@ from torch.utils.hooks import RemovableHandle
 
 from gnsmon.collectors.backward import Backwards, Fingerprint, exactly, fingerprint
 from gnsmon.collectors.proof import Directions, gaps
-from gnsmon.collectors.reduction import Ranks, over_ranks
+from gnsmon.collectors.reduction import ALONE, UNREDUCED, Ranks
+from gnsmon.collectors.shards import held
 from gnsmon.collectors.step import (
     HALF_TOLERANCE,
     NO_BACKWARD,
     TOLERANCE,
     UNUSED,
+    Columns,
     Measured,
     Share,
     Skipped,
@@ -70,10 +72,6 @@ TORN = (
     "its gradient came in several pieces in one backward, as of a layer in several reentrant "
     "checkpoints; use checkpoint(..., use_reentrant=False)"
 )
-UNREDUCED = (
-    ", or it is not the mean over the ranks, but compressed or never reduced (is the model trained "
-    "through DistributedDataParallel?)"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,12 +101,11 @@ class Microbatch:
     there and then, so that no gradient is copied or kept: two numbers a parameter and microbatch
     remain. The hooks are there while a step is measured only.
 
-    The method "ranks" takes the microbatches of all data-parallel ranks, one or more a rank, for
-    the parts: a hook sees its rank's own gradient before DDP reduces it, `.grad` is whole once DDP
-    is done, and `close` sums over the ranks. As DDP takes the mean over ranks, a rank whose share
-    of the step's weights is w must have a loss of R w times its own mean: the sum over its tokens,
-    divided by the tokens of all ranks, times R. With the same number of examples on each rank, or
-    of tokens, its own mean is that.
+    With several data-parallel ranks the parts are the microbatches of all, one or more a rank: a
+    hook sees its rank's own gradient before it is reduced, and `.grad` is whole once it is. As the
+    mean over ranks is taken, a rank whose share of the step's weights is w must have a loss of R w
+    times its own mean: the sum over its tokens, divided by the tokens of all ranks, times R. With
+    the same number of examples on each rank, or of tokens, its own mean is that.
 
     Every measurement proves itself: along a random direction, the sum of the microbatches must be
     `.grad`. It shows what no hook can see: gradients that were not cleared, or that another hook
@@ -120,7 +117,7 @@ class Microbatch:
         batch_dim: axis of the examples in the model's inputs.
         weigh: gives the weights [B] of the examples from the arguments of the model's forward.
         strict: raise what goes wrong instead of leaving the measurement out.
-        ranks: whose microbatches are the parts of the method "ranks".
+        ranks: whose microbatches are the parts.
     """
 
     def __init__(
@@ -131,12 +128,12 @@ class Microbatch:
         batch_dim: int = 0,
         weigh: Callable[..., Tensor] | None = None,
         strict: bool = False,
-        ranks: Ranks | None = None,
+        ranks: Ranks = ALONE,
     ):
-        self.model, self.method = model, method
-        self._ranks = ranks if method == "ranks" else None
+        self.model, self.method, self._ranks = model, method, ranks
         self.wanted = False
         self.names = [name for name, _ in model.named_parameters()]
+        self.columns = Columns(self.names)
         self.untapped: dict[str, str] = {}
         self._directions = Directions(self.names)
         self._by_hand: Tensor | None = None
@@ -163,11 +160,11 @@ class Microbatch:
             handle.remove()
         self._on_parameters.clear()
 
-    def close(self) -> Measured | Skipped | None:
-        """The step's norms, read after its optimizer step; None when it was not to be measured."""
+    def share(self) -> Share | Skipped | None:
+        """What this process brings, read after its optimizer step; None if it is not measured."""
         try:
             with exactly(self.model):
-                return self._close() if self.wanted else None
+                return self._share() if self.wanted else None
         finally:
             self._clear()
 
@@ -191,8 +188,10 @@ class Microbatch:
         self._backwards.clear()
         self._parts: list[_Part] = []
         self._big: dict[str, Tensor] = {}
+        self._present: set[str] = set()
         self._seen: dict[str, tuple[Fingerprint, Tensor]] = {}  # in the present backward
         self._torn: set[str] = set()
+        self._half: set[str] = set()  # parameters whose gradients came in half precision
         self._flowed: list[_Forward] = []  # into the present backward
         self._forwards = 0  # since the last microbatch
         self._blind = False  # nothing tells which forward a backward belongs to
@@ -251,13 +250,15 @@ class Microbatch:
 
     def _see(self, name: str, grad: Tensor | None, gradient: Tensor) -> None:
         before, values = fingerprint(grad), self._values(name, gradient)
+        if gradient.dtype.itemsize == 2:
+            self._half.add(name)
         if name in self._seen:  # a reentrant checkpoint: <u', u''> is not known
             self._torn.add(name)
             before, values = self._seen[name][0], self._seen[name][1] + values
         self._seen[name] = before, values
 
-    def _values(self, name: str, gradient: Tensor) -> Tensor:
-        return torch.stack([square_sum(gradient), self._directions.along(name, gradient)])
+    def _values(self, name: str, gradient: Tensor, **rows: Any) -> Tensor:
+        return torch.stack([square_sum(gradient), self._directions.along(name, gradient, **rows)])
 
     def _land(self) -> None:
         """Take in the microbatch whose backward has ended, and `.grad` as accumulated so far."""
@@ -271,7 +272,10 @@ class Microbatch:
         device = seen[landed[0]][1].device
         values = torch.stack([seen[name][1].to(device) for name in landed])
         self._parts.append(_Part(self._forward_of(flowed), landed, values, torn))
-        self._big = {n: self._values(n, grad) for n, grad in grads.items() if grad is not None}
+        self._big, self._present = {}, {n for n, grad in grads.items() if grad is not None}
+        for name, grad in grads.items():
+            if grad is not None and (own := held(grad, self._ranks)):
+                self._big[name] = self._values(name, own[0], shape=grad.shape, start=own[1])
         self._forwards, self._by_hand = 0, None
 
     def _forward_of(self, flowed: list[_Forward]) -> _Forward:
@@ -289,16 +293,6 @@ class Microbatch:
 
     # What the step brings.
 
-    def _close(self) -> Measured | Skipped:
-        share: Share | Skipped = Skipped("fault", "its microbatches could not be read")
-        try:
-            share = self._share()
-        finally:  # the other ranks wait for this one, whatever has gone wrong here
-            if self._ranks is not None:
-                device = next(self.model.parameters()).device
-                share = over_ranks(share, self.names, self._ranks, device=device)
-        return share if isinstance(share, Skipped) else self._norms(share)
-
     def _share(self) -> Share | Skipped:
         """The sums over this process's microbatches."""
         if self._backwards.fault is not None:
@@ -313,7 +307,7 @@ class Microbatch:
         batches = [forward.batch for forward in forwards if forward.batch]
         if len(batches) < len(forwards):
             return UNKNOWN
-        if len(forwards) == 1 and self._ranks is None:
+        if len(forwards) == 1 and self._ranks.size == 1:
             return Skipped(
                 "one part",
                 f"method {self.method!r} compares the microbatches of gradient accumulation, and "
@@ -342,12 +336,15 @@ class Microbatch:
         big_sq_norm, big_along = self._table(big)
         total = float(weights.sum())
         parts_sq_norm, sum_sq_weights = METHODS[self.method](sq_norms, weights / total)
+        size = self._ranks.size  # the mean over so many is taken
         return Share(
-            parts_sq_norm=parts_sq_norm[None],
-            along=along.sum(0),
+            parts_sq_norm=parts_sq_norm[None] / size**2,
+            along=along.sum(0) / size,
             big_sq_norm=big_sq_norm,
             big_along=big_along,
-            present=np.array([name in big for name in self.names]),
+            present=np.array([name in self._present for name in self.names]),
+            seen=np.ones(len(self.names), bool),
+            half=np.array([name in self._half for name in self.names]),
             whole=whole,
             sum_weights=total,
             sum_sq_weights=sum_sq_weights * total**2,
@@ -363,7 +360,8 @@ class Microbatch:
         """The pairs of all parameters known at attach, [2, n_parameters]; zero without one."""
         return np.array([values.get(name, (0.0, 0.0)) for name in self.names]).T
 
-    def _norms(self, share: Share) -> Measured | Skipped:
+    def norms(self, share: Share) -> Measured | Skipped:
+        """The step's norms, from the share of this process or of all ranks."""
         missing = self._missing(share)
         left_in = np.array([name not in missing for name in self.names]) & share.present
         if not left_in.any():
@@ -385,18 +383,20 @@ class Microbatch:
 
     def _missing(self, share: Share) -> dict[str, str]:
         """Why trainable parameters are not in this step's norms."""
-        missing, unreduced = {}, "" if self._ranks is None else UNREDUCED
-        known = dict(zip(self.names, zip(share.present, gaps(share), strict=True), strict=True))
-        for name, p in _trainable(self.model).items():
+        missing, unreduced = {}, UNREDUCED if self._ranks.size > 1 else ""
+        longer = np.maximum(share.big_sq_norm, share.parts_sq_norm[0])
+        of_each = zip(share.present, gaps(share, self.columns, longer), share.half, strict=True)
+        known = dict(zip(self.names, of_each, strict=True))
+        for name in _trainable(self.model):
             if name not in known:
                 missing[name] = "it was added to the model after attach"
                 continue
-            present, gap = known[name]
+            present, gap, half = known[name]
             if not present:
                 missing[name] = UNUSED
             elif name in share.missing:
                 missing[name] = share.missing[name]
-            elif not gap <= (HALF_TOLERANCE if p.dtype.itemsize == 2 else TOLERANCE):
+            elif not gap <= (HALF_TOLERANCE if half else TOLERANCE):
                 missing[name] = (
                     f"the gradients of the microbatches do not add up to .grad (off by {gap:.1%}): "
                     f"it was not cleared since an earlier step, or a hook changes it{unreduced}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from gnsmon.collectors.backward import Backwards, exactly
 from gnsmon.collectors.groups import is_norm
+from gnsmon.collectors.proof import gaps
+from gnsmon.collectors.reduction import ALONE, UNREDUCED, Ranks
+from gnsmon.collectors.shards import held, is_sharded
 from gnsmon.collectors.step import (
     HALF_TOLERANCE,
     NO_TAP,
@@ -21,7 +24,9 @@ from gnsmon.collectors.step import (
     TF32_TOLERANCE,
     TOLERANCE,
     UNUSED,
+    Columns,
     Measured,
+    Share,
     Skipped,
     StepNorms,
     check_weights,
@@ -86,8 +91,10 @@ class PerExample:
         strict: bool = False,
         subspace: int = SUBSPACE,
         probes: int = 1,
+        ranks: Ranks = ALONE,
     ):
         self.model, self.methods, self.strict = model, tuple(methods), strict
+        self._ranks = ranks
         ways = {METHODS[method] for method in methods} | ({"exact"} if calibrated else set())
         self.taps = Taps(
             model,
@@ -97,6 +104,7 @@ class PerExample:
             strict=strict,
             subspace=subspace,
             probes=probes,
+            seed=ranks.rank,  # lest the sketches of all ranks err alike
         )
         if "norm_layers" in methods and not self._in_norms():
             self.taps.remove()
@@ -112,6 +120,12 @@ class PerExample:
         for tap in self.taps.layers:
             for _, name in tap.pairs():
                 self._taps_of[name].append(tap)
+        rows = {own: size for tap in self.taps.layers for own, size in _rows(tap)}
+        self._proved = list(rows)  # parameters, in the order of the proof
+        column = {name: i for i, name in enumerate(self.names)}
+        of_rows = np.repeat([column[name] for name in rows], list(rows.values()))
+        self.columns = Columns(self.names, self.taps.slots, of_rows.astype(np.intp))
+        self._sizes = rows
         self._backwards = Backwards(
             model, ended=self._harvest, discarded=self._discard, strict=strict
         )
@@ -120,7 +134,7 @@ class PerExample:
     def arm(self, measure: bool, *, exact: bool = False) -> None:
         """Measure the next step, or let it pass; takes effect at the next forward of the model.
 
-        With `exact`, `close` gives exact norms too, under the name `EXACT`.
+        With `exact`, `norms` gives exact norms too, under the name `EXACT`.
         """
         self._exact = exact
         everywhere = {METHODS[m] for m in self.methods if m != "norm_layers"}
@@ -134,13 +148,15 @@ class PerExample:
         self.taps.want(measure, lambda tap: chosen[is_norm(tap.module)])
 
     def close(self) -> Measured | Skipped | None:
-        """The step's norms, read after its optimizer step; None when it was not to be measured."""
+        """The step's norms in one process; None when it was not to be measured."""
+        share = self.share()
+        return self.norms(share) if isinstance(share, Share) else share
+
+    def share(self) -> Share | Skipped | None:
+        """What this process brings, read after its optimizer step; None if it is not measured."""
         try:
             with exactly(self.model):
-                found = self._close() if self.taps.wanted else None
-                if isinstance(found, dict) and "sketch" in found:
-                    self._track(found["sketch"].missing)
-                return found
+                return self._share() if self.wanted else None
         finally:
             self._clear()
 
@@ -148,7 +164,8 @@ class PerExample:
         """Turn the sketches' subspaces towards this step's gradient, whatever its scale by now."""
         for name, sketch in self.taps.sketches.items():
             grad = self.model.get_parameter(name).grad
-            if name not in missing and grad is not None:
+            # Where it is in shards, the sketch's own iteration in each backward has to do.
+            if name not in missing and grad is not None and not is_sharded(grad):
                 sketch.track(grad.to_dense() if grad.is_sparse else grad)
 
     @property
@@ -181,6 +198,7 @@ class PerExample:
         self._shared: dict[str, Tensor] = {}  # as a probe, of one shared parameter
         self._big: dict[str, Tensor] = {}
         self._along: dict[str, Tensor] = {}
+        self._present: dict[str, int] = {}  # parameter -> rows of .grad before this rank's
         self._backwards.clear()
         self.taps.clear()
 
@@ -210,12 +228,16 @@ class PerExample:
         self._passes[-1].uses.extend(use for task, use in taps.deferred if task in tasks)
         taps.deferred.clear()
         taps.fired.clear()
-        self._big, self._along = {}, {}
+        self._big, self._along, self._present = {}, {}, {}
         for name, p in self.model.named_parameters():
-            if p.grad is not None and p.requires_grad:
-                self._big[name] = square_sum(p.grad)
+            if p.grad is None or not p.requires_grad:
+                continue
+            self._present[name] = 0
+            if own := held(p.grad, self._ranks):
+                grad, self._present[name] = own
+                self._big[name] = square_sum(grad)
                 if name in taps.directions:
-                    self._along[name] = _along(p.grad, taps.directions[name])
+                    self._along[name] = _along(grad, taps.directions[name])
 
     def _enter_pass(self, serial: int | None, batch: int | None) -> None:
         """Begin a microbatch, unless this backward is a part of the last one's."""
@@ -259,7 +281,7 @@ class PerExample:
             self._passes[-1].joined.add(name)
         uses.clear()
 
-    def _close(self) -> Measured | Skipped:
+    def _share(self) -> Share | Skipped:
         taps = self.taps
         if taps.fault is not None:
             return Skipped("fault", taps.fault)
@@ -278,7 +300,8 @@ class PerExample:
             self._weight_sums(),
             *(p.compiled for p in self._passes),
         )
-        if not np.isfinite(sum(a[0] for a in big.values())):
+        whole_sq_norm = sum(float(a[0]) for a in big.values())
+        if not np.isfinite(whole_sq_norm):
             return Skipped("nonfinite", "the gradient has infinite or undefined values")
         batches = [p.batch for p in self._passes]
         apart = self._apart(compiled)
@@ -301,54 +324,62 @@ class PerExample:
                     "times in one forward, or its batch is not the model's"
                 )
         parts, proofs = self._by_parameter({tap: layers[tap] for tap in counts}, shared)
-        return self._norms(
-            parts,
-            {name: a[0] for name, a in big.items()},
-            self._disprove(proofs, along, big) | apart,
-            whole,
-            weights,
+        missing = {name: why for name in self.names if (why := self._why(name, parts, apart))}
+        known = {name: sums for name, sums in parts.items() if name not in missing}
+        total, squares, integral = weights.get("sums", (whole, whole, False))
+        tokens = int(total) if integral else known_sum([p.tokens for p in self._passes])
+        size = self._ranks.size  # the mean over so many is taken
+        powers = [2 * (1 + i) for way in taps.ways for i in range(WAYS[way].width)]
+        nothing = np.zeros(taps.slots)
+        slots = np.stack([known.get(name, nothing) for name in self.names], axis=1)
+        return Share(
+            parts_sq_norm=slots / np.power(float(size), powers)[:, None],
+            along=self._proof({name: (0, proof) for name, proof in proofs.items()}) / size,
+            big_sq_norm=np.array([big[n][0] if n in big else 0.0 for n in self.names]),
+            big_along=self._proof({n: (self._present[n], rows) for n, rows in along.items()}),
+            present=np.array([name in self._present for name in self.names]),
+            seen=np.array([name in parts for name in self.names]),
+            half=self._half(),
+            whole=whole_sq_norm,
+            sum_weights=float(total),
+            sum_sq_weights=float(squares),
+            weighted=bool(weights),
+            examples=whole,
+            tokens=tokens,
+            microbatch=batches[-1],
+            microbatches=len(batches),
+            missing=missing,
         )
 
-    def _norms(
-        self,
-        parts: dict[str, Array],  # [slots] each
-        big: dict[str, float],
-        disproved: dict[str, str],
-        examples: int,
-        weights: dict[str, Array],
-    ) -> Measured | Skipped:
-        trainable = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        missing = {
-            name: why for name in trainable if (why := self._why(name, parts, big, disproved))
-        }
-        measured = [name for name in trainable if name not in missing]
-        if not measured:
+    def _proof(self, values: Mapping[str, tuple[int, Array]]) -> Array:
+        """The rows of all parameters' proofs; of each there are some, from a first one on."""
+        rows = {name: np.zeros(size) for name, size in self._sizes.items()}
+        for name, (start, some) in values.items():
+            rows[name][start : start + len(some)] = some
+        return np.concatenate([np.zeros(0), *rows.values()])
+
+    def norms(self, share: Share) -> Measured | Skipped:
+        """The step's norms, from the share of this process or of all ranks."""
+        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        missing = self._missing(share, trainable)
+        measured = np.array([name in trainable and name not in missing for name in self.names])
+        if not measured.any():
             why = next(iter(missing.values()), "no parameter is trainable")
             return Skipped("nothing measured", why)
-        column = {name: i for i, name in enumerate(self.names)}
-        big_sq_norm = np.zeros(len(self.names))
-        slots = np.zeros((self.taps.slots, len(self.names)))
-        for name in measured:
-            big_sq_norm[column[name]] = big[name]
-            slots[:, column[name]] = parts[name]
+        big_sq_norm = np.where(measured, share.big_sq_norm, 0.0)
+        slots = np.where(measured, share.parts_sq_norm, 0.0)
         if not np.isfinite(slots).all():
             return Skipped("nonfinite", "an example's gradient has infinite or undefined values")
-        sum_sq_weights, tokens = 1 / examples, known_sum([p.tokens for p in self._passes])
-        if weights:
-            total, squares, integral = weights["sums"]
-            sum_sq_weights = float(squares / total**2)
-            tokens = int(total) if integral else tokens
-        whole = sum(big.values())
         every = StepNorms(
             big_sq_norm=big_sq_norm,
             parts_sq_norm=np.zeros_like(big_sq_norm),
-            sum_sq_weights=sum_sq_weights,
-            examples=examples,
-            tokens=tokens,
-            microbatch=self._passes[-1].batch,
-            microbatches=len(self._passes),
+            sum_sq_weights=share.sum_sq_weights / share.sum_weights**2,
+            examples=share.examples,
+            tokens=share.tokens,
+            microbatch=share.microbatch,
+            microbatches=share.microbatches,
             missing=missing,
-            norm_fraction=float(big_sq_norm.sum() / whole) if whole > 0 else None,
+            norm_fraction=float(big_sq_norm.sum() / share.whole) if share.whole > 0 else None,
         )
         ends = np.cumsum([WAYS[way].width for way in self.taps.ways])
         by_way = dict(zip(self.taps.ways, np.split(slots, ends[:-1]), strict=True))
@@ -361,8 +392,11 @@ class PerExample:
             )
         if "norm_layers" in found:
             found["norm_layers"] = found["norm_layers"].without(
-                dict.fromkeys(set(trainable) - self._in_norms(), NOT_A_NORM), self.names
+                dict.fromkeys(trainable.keys() - self._in_norms(), NOT_A_NORM), self.names
             )
+        if "sketch" in found:
+            with exactly(self.model):
+                self._track(found["sketch"].missing)
         return found
 
     def _in_norms(self) -> set[str]:
@@ -429,61 +463,72 @@ class PerExample:
                 proofs[name] = proofs.get(name, 0) + vector[stop - tap.rows[own] : stop]
         return parts, proofs
 
-    def _disprove(
-        self, proofs: dict[str, Array], along: dict[str, Array], big: dict[str, Array]
-    ) -> dict[str, str]:
-        """Parameters whose examples' gradients do not add up to `.grad`, with what was found."""
-        whole = sum(float(a[0]) for a in big.values()) ** 0.5
-        self.gaps, found = {}, {}
-        for name in proofs.keys() & along.keys():
-            gap, of = (_length(v) for v in (proofs[name] - along[name], along[name]))
-            # A gradient that is zero but for rounding (a key's bias in attention) proves nothing.
-            of = max(of, 1e-2 * whole)
-            self.gaps[name] = gap / of if of else 0.0
-            if not self.gaps[name] <= self._tolerance(name):
-                found[name] = (
+    def _missing(self, share: Share, trainable: Mapping[str, nn.Parameter]) -> dict[str, str]:
+        """Why trainable parameters are not in this step's norms."""
+        column = {name: i for i, name in enumerate(self.names)}
+        gap = gaps(share, self.columns, share.big_sq_norm)
+        proved = [n for n in self._proved if share.seen[column[n]] and share.present[column[n]]]
+        self.gaps = {name: float(gap[column[name]]) for name in proved}
+        missing = {}
+        for name, p in trainable.items():
+            at = column.get(name)
+            if at is None:
+                missing[name] = "it was added to the model after attach"
+            elif name in share.missing:
+                missing[name] = share.missing[name]
+            elif not share.present[at]:
+                missing[name] = UNUSED
+            elif not share.seen[at]:
+                missing[name] = self._unseen(name)
+            elif not gap[at] <= _tolerance(p, bool(share.half[at])):
+                missing[name] = (
                     f"the gradients of the examples do not add up to .grad (off by "
-                    f"{self.gaps[name]:.1%}): the parameter is also used outside its layer's "
+                    f"{gap[at]:.1%}): the parameter is also used outside its layer's "
                     "forward, penalised in the loss, changed by a hook, not cleared since an "
                     "earlier step, rounded to half precision, or its rule is wrong"
+                    + UNREDUCED
+                    * (self._ranks.size > 1)
                 )
-        return found
+        return missing
 
-    def _tolerance(self, name: str) -> float:
-        p = self.model.get_parameter(name)
-        half = p.dtype.itemsize == 2 or self.taps.half
-        if half or any(tap.half for tap in self._taps_of[name]):
-            return HALF_TOLERANCE
-        rounded = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
-        return TF32_TOLERANCE if p.is_cuda and rounded else TOLERANCE
+    def _half(self) -> Array:
+        """Of which parameters the statistics come from half precision."""
+        half = {name for name, p in self.model.named_parameters() if p.dtype.itemsize == 2}
+        half |= {name for tap in self.taps.layers if tap.half for name in tap.names}
+        return np.array([self.taps.half or name in half for name in self.names])
 
-    def _why(
-        self,
-        name: str,
-        parts: Mapping[str, Array],
-        big: Mapping[str, float],
-        disproved: Mapping[str, str],
-    ) -> str | None:
-        """Why a trainable parameter is not in this step's norms."""
-        if name not in self._taps_of:
-            return "it was added to the model after attach"
+    def _why(self, name: str, parts: Mapping[str, Array], apart: Mapping[str, str]) -> str | None:
+        """Why this process leaves a parameter out; another's part may still be the only one."""
         if name in self.taps.untapped:
             return self.taps.untapped[name]
         for tap in self._taps_of[name]:
             if tap.reason:
                 return tap.reason
-        if name not in big:
-            return UNUSED
-        if name not in parts:
-            tap = self._taps_of[name][0]
-            return (
-                f"{tap.path}: its parameters have a gradient, but its forward was not called, or "
-                "only under a transform such as vmap, or compiled with its batch axis lost"
-                + ("; without a rule, it is not replayed in a compiled model" * (tap.rule is None))
-            )
+        if name not in parts or name not in self._present:
+            return None
         if ABSENT in parts[name]:
             return f"the rule of {self._taps_of[name][0].path} gives it no gradient"
-        return disproved.get(name)
+        return apart.get(name)
+
+    def _unseen(self, name: str) -> str:
+        tap = self._taps_of[name][0]
+        return (
+            f"{tap.path}: its parameters have a gradient, but its forward was not called, or "
+            "only under a transform such as vmap, or compiled with its batch axis lost"
+            + ("; without a rule, it is not replayed in a compiled model" * (tap.rule is None))
+        )
+
+
+def _rows(tap: LayerTap) -> Iterator[tuple[str, int]]:
+    """The layer's parameters, each with the number of rows in its proof."""
+    return ((name, tap.rows[own]) for own, name in tap.pairs())
+
+
+def _tolerance(p: Tensor, half: bool) -> float:
+    if half:
+        return HALF_TOLERANCE
+    rounded = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    return TF32_TOLERANCE if p.is_cuda and rounded else TOLERANCE
 
 
 def _subset_sums(sizes: Sequence[int]) -> set[int]:
@@ -498,7 +543,3 @@ def _along(gradient: Tensor, direction: Tensor) -> Tensor:
     dense = gradient.to_dense() if gradient.is_sparse else gradient
     rows = dense.shape[0] if dense.ndim else 1  # not -1, for there may be no numbers at all
     return dense.detach().reshape(rows, direction.numel()).to(direction.dtype) @ direction
-
-
-def _length(vector: Array) -> float:
-    return float(np.sqrt(np.square(vector).sum()))

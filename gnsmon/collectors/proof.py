@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gnsmon.collectors.step import Share
+from gnsmon.collectors.step import Columns, Share
 from gnsmon.estimators.values import Array
 from gnsmon.norms.contractions import wide
 
@@ -26,29 +26,40 @@ class Directions:
         self._seeds = {name: seed for seed, name in enumerate(names)}
         self._signs: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def along(self, name: str, gradient: Tensor) -> Tensor:
-        """<d, gradient>, a scalar in float32 or wider; zero for a name that is not known."""
+    def along(
+        self, name: str, gradient: Tensor, *, shape: torch.Size | None = None, start: int = 0
+    ) -> Tensor:
+        """<d, gradient>, a scalar in float32 or wider; zero for a name that is not known.
+
+        Args:
+            name: of the parameter.
+            gradient: its rows, or some of them.
+            shape: of the parameter, where these are some.
+            start: rows before the first of these.
+        """
         dense = wide(gradient.detach().to_dense() if gradient.is_sparse else gradient.detach())
         if name not in self._seeds:
             return dense.new_zeros(())
-        rows, columns = self._of(name, dense)
+        rows, columns = self._of(name, dense, dense.shape if shape is None else shape)
+        rows = rows[start:][: len(dense) if dense.ndim else 1]
         # Not by matmul: TF32 would round it.
         return ((dense.reshape(len(rows), len(columns)) * columns).sum(1) * rows).sum()
 
-    def _of(self, name: str, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def _of(self, name: str, gradient: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
         signs = self._signs.get(name)
         if signs is None or signs[0].device != gradient.device:
             generator = torch.Generator().manual_seed(self._seeds[name])
-            sizes = gradient.shape[0] if gradient.ndim else 1, prod(gradient.shape[1:])
+            sizes = shape[0] if shape else 1, prod(shape[1:])
             bits = torch.randint(0, 2, (sum(sizes),), generator=generator, dtype=torch.int8)
             rows, columns = (2 * bits - 1).to(gradient.device).split(sizes)
             signs = self._signs[name] = rows, columns
         return signs
 
 
-def gaps(share: Share) -> Array:
-    """How far the parts are from adding up to `.grad`, by parameter, relative to the longer."""
-    squares = np.maximum(share.big_sq_norm, share.parts_sq_norm[0])
-    # What is zero but for rounding proves nothing.
-    of = np.sqrt(np.maximum(squares, 1e-4 * share.whole))
-    return np.abs(share.along - share.big_along) / np.where(of > 0, of, 1)
+def gaps(share: Share, columns: Columns, sq_norms: Array) -> Array:
+    """How far the parts are from adding up to `.grad`, by parameter, relative to `sq_norms`."""
+    n = len(columns.names)
+    missed = np.bincount(columns.of_rows, np.square(share.along - share.big_along), n)
+    # What is zero but for rounding (a key's bias in attention) proves nothing.
+    of = np.sqrt(np.maximum(sq_norms, 1e-4 * share.whole))
+    return np.sqrt(missed) / np.where(of > 0, of, 1)

@@ -19,7 +19,9 @@ from gnsmon.collectors.step import (
     NO_LOSSES,
     TOLERANCE,
     UNUSED,
+    Columns,
     Measured,
+    Share,
     Skipped,
     StepNorms,
     check_weights,
@@ -27,7 +29,6 @@ from gnsmon.collectors.step import (
     square_sum,
     to_host,
 )
-from gnsmon.estimators.values import Array
 from gnsmon.norms.contractions import wide
 from gnsmon.norms.oracles import random_signs
 
@@ -91,7 +92,7 @@ class RandomSigns:
         self.model = model
         self.wanted = False
         self.names = [name for name, _ in model.named_parameters()]
-        self._known = frozenset(self.names)
+        self.columns = Columns(self.names)
         self.untapped: dict[str, str] = {}
         self._backwards = Backwards(model, ended=self._land, discarded=self._discard, strict=strict)
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -106,11 +107,11 @@ class RandomSigns:
         """Measure the next step, or let it pass; there is nothing more exact to be had."""
         self.wanted = measure
 
-    def close(self) -> Measured | Skipped | None:
-        """The step's norms, read after its optimizer step; None when it was not to be measured."""
+    def share(self) -> Share | Skipped | None:
+        """What the step brings, already proved; None if it is not measured."""
         try:
             with exactly(self.model):
-                return self._close() if self.wanted else None
+                return self._share() if self.wanted else None
         finally:
             self._clear()
 
@@ -256,7 +257,7 @@ class RandomSigns:
 
     # What the step brings.
 
-    def _close(self) -> Measured | Skipped:
+    def _share(self) -> Share | Skipped:
         if self._backwards.fault is not None:
             return self._backwards.fault
         if not self._parts:
@@ -279,13 +280,26 @@ class RandomSigns:
         if not np.isfinite(sum(big_sq_norm.values()) + sum(sq_norms.values())):
             return Skipped("nonfinite", "the gradient has infinite or undefined values")
         self._judge({name: float(a[0]) for name, a in gaps.items()}, big_sq_norm)
-        return self._norms(
-            sq_norms,
-            big_sq_norm,
-            float(squared.sum() / total.sum() ** 2),
-            known_sum(
-                [int(tokens[j][0]) if j in tokens else None for j in range(len(self._tokens))]
-            ),
+        why = {name: self._why(name, sq_norms, big_sq_norm) for name in self.names}
+        counts = [int(tokens[j][0]) if j in tokens else None for j in range(len(self._tokens))]
+        proved = np.zeros(len(self.names))
+        return Share(
+            parts_sq_norm=np.array([[sq_norms.get(name, 0.0) for name in self.names]]),
+            along=proved,
+            big_sq_norm=np.array([big_sq_norm.get(name, 0.0) for name in self.names]),
+            big_along=proved,
+            present=np.array([name in big for name in self.names]),
+            seen=np.array([name in sq_norms for name in self.names]),
+            half=proved > 0,
+            whole=sum(big_sq_norm.values()),
+            sum_weights=float(total.sum()),
+            sum_sq_weights=float(squared.sum()),
+            weighted=True,
+            examples=sum(part.examples for part in self._parts),
+            tokens=known_sum(counts),
+            microbatch=self._parts[-1].examples,
+            microbatches=len(self._parts),
+            missing={name: reason for name, reason in why.items() if reason},
         )
 
     def _nothing_came(self) -> Skipped:
@@ -314,35 +328,28 @@ class RandomSigns:
             proved = gap <= (HALF_TOLERANCE if half else TOLERANCE)
             self._verdicts[name] = None if proved else DISPROVED.format(gap)
 
-    def _norms(
-        self,
-        sq_norms: Mapping[str, float],
-        big: Mapping[str, float],
-        sum_sq_weights: float,
-        tokens: int | None,
-    ) -> Measured | Skipped:
+    def norms(self, share: Share) -> Measured | Skipped:
+        """The step's norms, from what it brought."""
+        added = "it was added to the model after attach"
         trainable = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        missing = {name: why for name in trainable if (why := self._why(name, sq_norms, big))}
-        measured = set(trainable) - missing.keys()
-        if not measured:
+        known = {**dict.fromkeys(trainable, added), **dict.fromkeys(self.names), **share.missing}
+        missing = {name: why for name in trainable if (why := known[name])}
+        measured = np.array([name in trainable and name not in missing for name in self.names])
+        if not measured.any():
             why = next(iter(missing.values()), "no parameter is trainable")
             return Skipped("nothing measured", why)
         self._measured += 1
-
-        def of_measured(values: Mapping[str, float]) -> Array:
-            return np.array([values[n] if n in measured else 0.0 for n in self.names])
-
-        whole, big_sq_norm = sum(big.values()), of_measured(big)
+        big_sq_norm = share.big_sq_norm * measured
         norms = StepNorms(
             big_sq_norm=big_sq_norm,
-            parts_sq_norm=of_measured(sq_norms),
-            sum_sq_weights=sum_sq_weights,
-            examples=sum(part.examples for part in self._parts),
-            tokens=tokens,
-            microbatch=self._parts[-1].examples,
-            microbatches=len(self._parts),
+            parts_sq_norm=share.parts_sq_norm[0] * measured,
+            sum_sq_weights=share.sum_sq_weights / share.sum_weights**2,
+            examples=share.examples,
+            tokens=share.tokens,
+            microbatch=share.microbatch,
+            microbatches=share.microbatches,
             missing=missing,
-            norm_fraction=float(big_sq_norm.sum() / whole) if whole > 0 else None,
+            norm_fraction=float(big_sq_norm.sum() / share.whole) if share.whole > 0 else None,
         )
         return {METHODS[0]: norms}
 
@@ -350,8 +357,6 @@ class RandomSigns:
         self, name: str, sq_norms: Mapping[str, float], big: Mapping[str, float]
     ) -> str | None:
         """Why a trainable parameter is not in this step's norms."""
-        if name not in self._known:
-            return "it was added to the model after attach"
         if name in sq_norms:
             return self._verdicts[name] if name in big else UNUSED
         if not big.get(name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +14,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gnsmon.collectors.step import Share, Skipped
+from gnsmon.collectors.step import Columns, Share, Skipped
 from gnsmon.estimators.values import Array
 
 LETTERS = 24  # of a rank's reason to skip that the others come to know
 ELSEWHERE = "it was left out on another rank, as it says there"
+UNREDUCED = (
+    ", or it is not the mean over the ranks, but compressed or never reduced (is the model trained "
+    "through DistributedDataParallel or fully_shard?)"
+)
 
 
 @dataclass(frozen=True)
@@ -37,51 +42,83 @@ class Ranks:
         return cls(dist.get_rank(group), dist.get_world_size(group), group)
 
 
+ALONE = Ranks()
+
+
 def over_ranks(
-    local: Share | Skipped,
-    names: Sequence[str],
+    local: Sequence[tuple[Share | Skipped, Columns]],
     ranks: Ranks,
     *,
     device: torch.device,
-    n_methods: int = 1,
-) -> Share | Skipped:
-    """The share of all ranks' parts, or Skipped on every rank if one has none; equal on all.
+) -> list[Share | Skipped]:
+    """The shares of all ranks' parts, or Skipped on every rank if one has none; equal on all.
 
-    It is one all_reduce, of a vector whose length depends on all arguments but the first: call it
-    on every rank, whatever has become of the step there, and none waits for another in vain.
-
-    The gradient is to be the mean over ranks of what each adds to its own, so that a part is worth
-    1/R of what its rank saw. `.grad` is read on the first rank: where another's is not the same,
-    the parts do not add up to it.
+    It is one all_reduce for all the sources of a step, of a vector whose length depends on their
+    columns alone: call it on every rank, whatever has become of the step there, and none waits for
+    another in vain.
 
     Args:
-        local: of this rank, its parts as this rank saw them, but `.grad` after the mean.
-        names: of the parameters, in the order of the arrays.
+        local: of this rank, from each source, and how it is laid out.
         ranks: who takes part.
         device: of the parameters, for a backend that knows no other.
-        n_methods: rows of `parts_sq_norm`.
     """
-    shapes = (ranks.size, LETTERS), (9,), (n_methods, len(names)), (5, len(names))
-    reasons, *sums = (np.zeros(shape) for shape in shapes)
-    if isinstance(local, Skipped):
-        reasons[ranks.rank] = _spelled(local.reason)
-    else:
-        sums = _packed(local, names, ranks)
-    vector = np.concatenate([part.ravel() for part in (reasons, *sums)])
-    parts = np.split(_sum(vector, ranks, device), np.cumsum([prod(s) for s in shapes])[:-1])
-    reasons, *sums = (part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
+    shapes = [_shapes(columns, ranks) for _, columns in local]
+    vector = [
+        part.ravel()
+        for (share, columns), of_source in zip(local, shapes, strict=True)
+        for part in _message(share, columns, of_source, ranks)
+    ]
+    flat = [shape for of_source in shapes for shape in of_source]
+    ends = np.cumsum([prod(shape) for shape in flat])[:-1]
+    parts = np.split(_sum(np.concatenate(vector), ranks, device), ends)
+    pieces = iter([part.reshape(shape) for part, shape in zip(parts, flat, strict=True)])
+    return [
+        _answered([next(pieces) for _ in of_source], share, columns, ranks)
+        for (share, columns), of_source in zip(local, shapes, strict=True)
+    ]
+
+
+def alike(value: object, ranks: Ranks, *, device: torch.device) -> bool:
+    """Whether `value`, by its repr, is the same on every rank; each must ask."""
+    mine = hashlib.sha256(repr(value).encode()).digest()[:4]
+    digest = torch.tensor(list(mine), device=_device(ranks, device))
+    of_all = [torch.zeros_like(digest) for _ in range(ranks.size)]
+    dist.all_gather(of_all, digest, group=ranks.group)
+    return all(torch.equal(other.cpu(), digest.cpu()) for other in of_all)
+
+
+def _shapes(columns: Columns, ranks: Ranks) -> list[tuple[int, ...]]:
+    """Of the reasons, the numbers, the squared norms, the table by parameter and the proof."""
+    n = len(columns.names)
+    return [(ranks.size, LETTERS), (9,), (columns.slots, n), (5, n), (2, len(columns.of_rows))]
+
+
+def _message(
+    local: Share | Skipped, columns: Columns, shapes: Sequence[tuple[int, ...]], ranks: Ranks
+) -> list[Array]:
+    """What is sent; a rank that cannot measure the step sends its reason alone."""
+    reasons, *zeros = (np.zeros(shape) for shape in shapes)
+    if isinstance(local, Share):
+        return [reasons, *_packed(local, columns.names, ranks)]
+    reasons[ranks.rank] = _spelled(local.reason)
+    return [reasons, *zeros]
+
+
+def _answered(
+    sums: Sequence[Array], local: Share | Skipped, columns: Columns, ranks: Ranks
+) -> Share | Skipped:
+    reasons, *sums = sums
     if reasons.any():
         first = int(reasons.any(1).argmax())
         reason = _read(reasons[first])
         told = f"rank {first} could not measure it ({reason}), as its own warning says"
         return Skipped(reason, local.detail if isinstance(local, Skipped) else told)
     assert isinstance(local, Share)
-    return _unpacked(sums, local, names, ranks)
+    return _unpacked(sums, local, columns.names, ranks)
 
 
 def _packed(local: Share, names: Sequence[str], ranks: Ranks) -> list[Array]:
-    """What adds up over ranks: numbers [9], sums of squares [n_methods, n], a table [5, n]."""
-    first = ranks.rank == 0
+    """What adds up over ranks: numbers [9], squared norms [slots, n], a table [5, n], the proof."""
     every = [
         local.examples,
         local.tokens or 0,
@@ -89,21 +126,22 @@ def _packed(local: Share, names: Sequence[str], ranks: Ranks) -> list[Array]:
         local.sum_weights,
         local.sum_sq_weights,
         local.weighted,
+        local.whole,
     ]
-    one = first * np.array([local.whole, local.microbatch, local.microbatches])
+    one = (ranks.rank == 0) * np.array([local.microbatch, local.microbatches])
     missing = [name in local.missing for name in names]
-    gradient = first * np.stack([local.big_sq_norm, local.big_along])
     return [
         np.concatenate([every, one]),
-        local.parts_sq_norm / ranks.size**2,
-        np.stack([local.along / ranks.size, local.present, missing, *gradient]),
+        local.parts_sq_norm,
+        np.stack([local.big_sq_norm, local.present, local.seen, local.half, missing]),
+        np.stack([local.along, local.big_along]),
     ]
 
 
 def _unpacked(
     sums: Sequence[Array], local: Share, names: Sequence[str], ranks: Ranks
 ) -> Share | Skipped:
-    numbers, parts_sq_norm, (along, present, missing, big_sq_norm, big_along) = sums
+    numbers, parts_sq_norm, (big_sq_norm, present, seen, half, missing), (along, big_along) = sums
     examples, tokens, counted, sum_weights, sum_sq_weights, weighted, whole, *micro = numbers
     if weighted not in (0, ranks.size):
         return Skipped("weights", "weights were given on some ranks only; give them on all or none")
@@ -113,6 +151,8 @@ def _unpacked(
         big_sq_norm=big_sq_norm,
         big_along=big_along,
         present=present > 0,
+        seen=seen > 0,
+        half=half > 0,
         whole=float(whole),
         sum_weights=float(sum_weights),
         sum_sq_weights=float(sum_sq_weights),
@@ -130,11 +170,16 @@ def _unpacked(
 
 
 def _sum(vector: Array, ranks: Ranks, device: torch.device) -> Array:
-    """The sum over ranks, on the CPU where the backend works there: NCCL does not."""
-    on_host = {"gloo", "mpi"} & set(re.split("[:,]", dist.get_backend_config(ranks.group)))
-    summed = torch.from_numpy(vector).to("cpu" if on_host else device)
+    """The sum over ranks."""
+    summed = torch.from_numpy(vector).to(_device(ranks, device))
     dist.all_reduce(summed, group=ranks.group)
     return summed.cpu().numpy()
+
+
+def _device(ranks: Ranks, device: torch.device) -> torch.device:
+    """The CPU where the backend works there: NCCL does not."""
+    on_host = {"gloo", "mpi"} & set(re.split("[:,]", dist.get_backend_config(ranks.group)))
+    return torch.device("cpu") if on_host else device
 
 
 def _spelled(text: str) -> Array:

@@ -61,17 +61,35 @@ class StepNorms:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """How a collector's shares are laid out, the same on every rank."""
+
+    names: list[str]  # of the parameters
+    slots: int = 1  # numbers of each parameter in `Share.parts_sq_norm`
+    rows: Array | None = None  # position of the parameter of each number in the proof; of each one
+
+    @property
+    def of_rows(self) -> Array:
+        """Position in `names` of each number in the proof."""
+        return np.arange(len(self.names)) if self.rows is None else self.rows
+
+
+@dataclass(frozen=True)
 class Share:
     """What a process, or all ranks together, bring to a step's norms, before they are proved.
 
-    A parameter without a gradient is zero in all arrays [n_parameters].
+    The parts are as they are in the reduced `.grad`; of `.grad` a process has its own shard, and of
+    several with the same one the first, so that all adds up over ranks. What is per parameter is
+    [n_parameters], and zero where a parameter has no gradient.
     """
 
-    parts_sq_norm: Array  # [n_methods, n_parameters]
-    along: Array  # sum of the parts along each parameter's direction
+    parts_sq_norm: Array  # [slots, n_parameters]
+    along: Array  # [rows] of the proof: the sum of the parts along each parameter's direction
     big_sq_norm: Array
-    big_along: Array
+    big_along: Array  # [rows]
     present: Array  # whether it has a gradient
+    seen: Array  # whether it has parts
+    half: Array  # whether they were computed in half precision
     whole: float  # squared norm of the whole `.grad`
     sum_weights: float
     sum_sq_weights: float

@@ -365,6 +365,7 @@ class Taps:
         weigh: gives the weights [B] of the examples from the arguments of the model's forward.
         strict: raise what goes wrong instead of leaving the layer out.
         subspace, probes: see `Sketch`.
+        seed: of the probes' random stream.
     """
 
     def __init__(
@@ -377,8 +378,10 @@ class Taps:
         strict: bool = False,
         subspace: int = SUBSPACE,
         probes: int = 1,
+        seed: int = 0,
     ):
         self.model, self.ways, self.batch_dim = model, tuple(ways), batch_dim
+        self._seed = seed
         self.slots = sum(WAYS[way].width for way in ways)
         self.weigh, self.strict = weigh, strict
         self.tracing = links.tracer(model)
@@ -473,7 +476,7 @@ class Taps:
 
     def _drawing(self, device: torch.device) -> torch.Generator:
         if device not in self._draws:
-            self._draws[device] = torch.Generator(device).manual_seed(0)
+            self._draws[device] = torch.Generator(device).manual_seed(self._seed)
         return self._draws[device]
 
     def ready(self, fired: Callable[[Tensor], None]) -> None:

@@ -1,0 +1,470 @@
+"""Every source on several ranks against one process with the same global batch, in real ones."""
+
+import copy
+import json
+import warnings
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks_worker import in_processes
+from test_microbatch import gradients
+from test_monitor import T, Tiny, brute, loss_of, watch
+from test_ranks import batches
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+D = torch.float64
+METHODS = [
+    "pepgns",
+    "sogns",
+    "sketch",
+    "norm_layers",
+    "microbatch",
+    "pepgns+microbatch",
+]
+SIZES = [[2, 1], [1, 2], [2, 2], [1, 1]]  # of the microbatches of each rank
+
+
+@pytest.fixture
+def processes(tmp_path):
+    return lambda fn, *args, **options: in_processes(fn, *args, folder=tmp_path, **options)
+
+
+def tiny(dtype=D, kind=Tiny):
+    torch.manual_seed(1)
+    return kind().to(dtype)
+
+
+def descent(model, lr=0.1):
+    return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+def share(model, micro, examples):
+    """A microbatch's part of the mean over all examples."""
+    return loss_of(model, micro) * len(micro[0]) / examples
+
+
+def seen(gns):
+    """All that ranks must agree on, and one process with them."""
+    return {
+        method: [
+            gns.reading.step,
+            reading.examples,
+            reading.coverage,
+            sorted(gns.coverage(method).missing),
+            reading.raw.big_sq_norm,
+            reading.raw.parts_sq_norm,
+            reading.raw.sum_sq_weights,
+            reading.raw.grad_sq_norm,
+            reading.raw.tr_sigma,
+            reading.grad_sq_norm,
+            reading.tr_sigma,
+            reading.b_simple,
+            {name: [g.raw.tr_sigma, g.raw.grad_sq_norm] for name, g in reading.groups.items()},
+        ]
+        for method, reading in gns.readings.items()
+    }
+
+
+def in_one_process(sizes, *, steps=3, methods=METHODS, dtype=D, kind=Tiny):
+    """What one process sees of the microbatches of all ranks, and the gradients of each step."""
+    model = tiny(dtype, kind)
+    optimizer = descent(model)
+    micros = [micro for own in batches(sizes) for micro in own]
+    examples = sum(map(sum, sizes))
+    found, grads = [], []
+    with watch(model, optimizer, method=methods) as gns:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            for micro in micros:
+                share(model, micro, examples).backward()
+            grads.append([p.grad.clone() for p in model.parameters()])
+            optimizer.step()
+            found.append(seen(gns))
+    return found, grads
+
+
+def agree(gns):
+    """All ranks see the same, to the last bit."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, json.dumps([seen(gns), dict(gns.skipped), gns.state_dict()]))
+    assert len(set(everyone)) == 1
+
+
+def assert_same(found, expected, rtol=1e-9):
+    assert found.keys() == expected.keys()
+    for method in expected:
+        *some, groups = found[method]
+        *others, of_groups = expected[method]
+        for a, b in [*zip(some, others, strict=True)]:
+            assert a == (b if isinstance(b, (list, type(None))) else pytest.approx(b, rel=rtol)), (
+                method
+            )
+        assert groups.keys() == of_groups.keys()
+        for name in groups:
+            assert groups[name] == pytest.approx(of_groups[name], rel=100 * rtol, abs=rtol)
+
+
+# DistributedDataParallel.
+
+
+def step_of_ddp(wrapped, optimizer, own, examples, *, synced=False):
+    optimizer.zero_grad()
+    for j, micro in enumerate(own):
+        with nullcontext() if synced or j == len(own) - 1 else wrapped.no_sync():
+            (dist.get_world_size() * share(wrapped, micro, examples)).backward()
+
+
+def ddp(rank, sizes, given, options, expected, synced):
+    own, examples = batches(sizes)[rank], sum(map(sum, sizes))
+    runs = []
+    for monitored in (False, True):
+        model = tiny()
+        gns = watch(model, opt := descent(model), method=METHODS) if given == "before" else None
+        wrapped = DDP(model, **options)
+        if given != "before":
+            opt = descent(model)
+            if monitored:
+                gns = watch({"wrapper": wrapped, "inner": model}[given], opt, method=METHODS)
+        elif not monitored:
+            gns.close()
+        grads = []
+        for step in range(len(expected)):
+            step_of_ddp(wrapped, opt, own, examples, synced=synced)
+            grads += [p.grad.clone() for p in model.parameters()]
+            opt.step()
+            if monitored:
+                assert_same(seen(gns), expected[step])
+                agree(gns)
+        if monitored:
+            assert not gns.skipped
+            assert gns.coverage().fraction == 1
+            gns.close()
+        runs.append(grads)
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+DDP_OPTIONS = {
+    "buckets": {"gradient_as_bucket_view": False},
+    "views": {"gradient_as_bucket_view": True},
+    "static": {"static_graph": True},
+    "unused": {"find_unused_parameters": True},
+}
+
+
+@pytest.mark.parametrize("given", ["wrapper", "inner", "before"])
+@pytest.mark.parametrize("options", DDP_OPTIONS)
+def test_ddp_is_one_process(processes, options, given):
+    expected, _ = in_one_process(SIZES[:2])
+    # A static graph wants its first backward synchronised.
+    processes(ddp, SIZES[:2], given, DDP_OPTIONS[options], expected, options == "static")
+
+
+def test_four_ranks_of_ddp(processes):
+    expected, _ = in_one_process(SIZES)
+    processes(ddp, SIZES, "wrapper", {"gradient_as_bucket_view": True}, expected, False, ranks=4)
+
+
+def by_brute_force(rank):
+    model = tiny()
+    wrapped, opt = DDP(model), descent(model, lr=0.0)
+    data = batches(SIZES[:2])
+    with watch(wrapped, opt, method=["pepgns", "subbatch"]) as gns:
+        step_of_ddp(wrapped, opt, data[rank], 6)
+        opt.step()
+    whole = [torch.cat(t) for t in zip(*(micro for own in data for micro in own), strict=True)]
+    big, parts = brute(model, whole)
+    raw = gns.readings["pepgns"].raw
+    assert raw.big_sq_norm == pytest.approx(big, rel=1e-9)
+    assert raw.parts_sq_norm == pytest.approx(parts, rel=1e-9)
+    assert raw.sum_sq_weights == pytest.approx(1 / 6)
+    u = gradients(model, partial(share, examples=6), [micro for own in data for micro in own])
+    squares = u.square().sum(1).tolist()
+    # The first microbatch of a rank stands for all of the rank.
+    raw = gns.readings["subbatch"].raw
+    assert raw.parts_sq_norm == pytest.approx(squares[0] * 3 / 2 + squares[2] * 3 / 1, rel=1e-9)
+    assert raw.sum_sq_weights == pytest.approx((2 * 3 + 1 * 3) / 36)
+
+
+def test_two_ranks_are_brute_force(processes):
+    processes(by_brute_force)
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 2) for _ in range(3))
+
+    def forward(self, x, expert):
+        return self.experts[expert](x)
+
+
+def unused(rank):
+    """Each rank has an expert of its own, and nobody the third."""
+    torch.manual_seed(1)
+    model = Experts().to(D)
+    wrapped, opt = DDP(model, find_unused_parameters=True), descent(model)
+    x = torch.randn(2, 3, 4, dtype=D)
+    with watch(wrapped, opt, groups="total") as gns:
+        for _ in range(2):
+            opt.zero_grad()
+            wrapped(x[rank], rank).sin().sum().backward()
+            u = torch.stack(
+                [
+                    torch.cat([g.flatten() for g in of_one]) / 2
+                    for r in (0, 1)
+                    for row in x[r]
+                    for of_one in [
+                        torch.autograd.grad(
+                            model(row[None], r).sin().sum(),
+                            list(model.parameters()),
+                            materialize_grads=True,
+                        )
+                    ]
+                ]
+            )
+            opt.step()
+            raw = gns.reading.raw
+            assert raw.big_sq_norm == pytest.approx(float(u.sum(0).square().sum()), rel=1e-9)
+            assert raw.parts_sq_norm == pytest.approx(float(u.square().sum()), rel=1e-9)
+            why = "no gradient in this step"
+            assert gns.coverage().missing == {f"experts.2.{n}": why for n in ("weight", "bias")}
+            agree(gns)
+
+
+def test_parameters_that_one_rank_or_none_uses(processes):
+    processes(unused)
+
+
+def weighted(rank):
+    """A mean over the tokens of all ranks, whose sequences have lengths of their own."""
+    model = tiny()
+    wrapped, opt = DDP(model), descent(model, lr=0.0)
+    lengths = torch.tensor([[5, 1], [3, 4]])
+    data = batches([[2], [2]])
+    masked = [
+        (ids, y.masked_fill(torch.arange(T) >= n[:, None], -100))
+        for ((ids, y),), n in zip(data, lengths, strict=True)
+    ]
+    with watch(wrapped, opt, method=["pepgns", "microbatch"]) as gns:
+        opt.zero_grad()
+        gns.weigh(lengths[rank])
+        (2 * loss_of(wrapped, masked[rank], "sum") / 13).backward()
+        opt.step()
+        each = [tuple(t[i : i + 1] for t in micro) for micro in masked for i in range(2)]
+        u = gradients(model, lambda m, micro: loss_of(m, micro, "sum") / 13, each)
+        raw = gns.reading.raw
+        assert raw.big_sq_norm == pytest.approx(float(u.sum(0).square().sum()), rel=1e-9)
+        assert raw.parts_sq_norm == pytest.approx(float(u.square().sum()), rel=1e-9)
+        assert raw.sum_sq_weights == pytest.approx((25 + 1 + 9 + 16) / 169)
+        assert gns.reading.tokens == 13
+        assert gns.readings["microbatch"].raw.sum_sq_weights == pytest.approx((36 + 49) / 169)
+        agree(gns)
+
+
+def test_weights_are_those_of_all_ranks(processes):
+    processes(weighted)
+
+
+# One sum; and where something is wrong on one rank.
+
+
+def counted(rank):
+    """One all_reduce a measured step for all sources, none on others; DDP calls none in Python."""
+    calls, all_reduce = [], dist.all_reduce
+
+    def counting(tensor, *args, **kwargs):
+        calls.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    model = tiny()
+    wrapped, opt = DDP(model), descent(model)
+    own = batches(SIZES[:2])[rank]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counting)
+        with watch(wrapped, opt, method=[*METHODS, "subbatch", "ranks"], every=3) as gns:
+            after = []
+            for _ in range(7):
+                step_of_ddp(wrapped, opt, own, 6)
+                opt.step()
+                after.append(len(calls))
+            assert after == [1, 1, 1, 2, 2, 2, 3]
+            assert not gns.skipped
+
+
+def test_one_sum_a_measured_step_for_all_sources(processes):
+    processes(counted)
+
+
+def bypassed(model, gns):
+    """A weight used behind its layer's back, on this rank alone."""
+    return lambda m, micro: loss_of(m, micro) + 0.1 * model.up.weight.square().sum()
+
+
+def hooked(model, gns):
+    handle = model.down.weight.register_hook(lambda g: g.clamp(-1e-4, 1e-4))
+    return lambda m, micro: (loss_of(m, micro), handle)[0]
+
+
+def left_out(rank, where):
+    for trouble, names in ((bypassed, {"up.weight"}), (hooked, {"down.weight"})):
+        model = tiny()
+        wrapped, opt = DDP(model), descent(model)
+        own = batches([[2], [2]])[rank][0]
+        with watch(wrapped, opt, method=["pepgns", "sketch"]) as gns:
+            loss = trouble(model, gns) if rank == where else loss_of
+            opt.zero_grad()
+            loss(wrapped, own).backward()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                opt.step()
+            assert set(gns.coverage().missing) == names
+            agree(gns)
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_what_one_rank_spoils_is_left_out_on_all(processes, where):
+    processes(left_out, where)
+
+
+def known_on_one_rank(rank):
+    model = tiny()
+    wrapped, opt = DDP(model), descent(model)
+    with watch(wrapped, opt) as gns:
+        opt.zero_grad()
+        loss_of(wrapped, batches([[2], [2]])[rank][0]).backward()
+        if rank:
+            gns._sources[0][0].taps.layers[1].reason = "norm: lost"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opt.step()
+        why = "norm: lost" if rank else "it was left out on another rank, as it says there"
+        assert gns.coverage().missing == {"norm.weight": why, "norm.bias": why}
+        agree(gns)
+
+
+def test_a_reason_of_one_rank_holds_for_all(processes):
+    processes(known_on_one_rank)
+
+
+def infinite(gns, own):
+    return lambda m, micro: loss_of(m, micro) * torch.inf
+
+
+def two_forwards(gns, own):
+    return lambda m, micro: loss_of(m, micro) + loss_of(m, micro)
+
+
+def wrong_weights(gns, own):
+    gns.weigh(torch.ones(9))
+    return loss_of
+
+
+def weights_on_one_rank(gns, own):
+    gns.weigh(torch.ones(len(own[0])))
+    return loss_of
+
+
+def broken(gns, own):
+    share_of_it, collector = gns._sources[0][0].share, gns._sources[0][0]
+
+    def fails():
+        share_of_it()
+        collector.share = share_of_it
+        raise RuntimeError("broken")
+
+    collector.share = fails
+    return loss_of
+
+
+TROUBLES = {
+    infinite: "nonfinite",
+    two_forwards: "several passes",
+    wrong_weights: "fault",
+    weights_on_one_rank: "weights",
+    broken: "fault",
+}
+
+
+def troubled(rank, where):
+    own = batches([[2], [2]])[rank][0]
+    for trouble, reason in TROUBLES.items():
+        model = tiny()
+        wrapped, opt = DDP(model), descent(model)
+        with (
+            warnings.catch_warnings(record=True) as told,
+            watch(wrapped, opt, strict=False, method=["pepgns", "sogns"]) as gns,
+        ):
+            warnings.simplefilter("always", RuntimeWarning)
+            for step in range(4):
+                before = copy.deepcopy(model.state_dict())
+                loss = trouble(gns, own) if (step, rank) == (1, where) else loss_of
+                opt.zero_grad()
+                loss(wrapped, own).backward()
+                opt.step()
+                if step == 1:
+                    model.load_state_dict(before)
+            assert gns.skipped == {reason: 1}, trouble.__name__
+            assert (gns.reading.step, gns.reading.coverage) == (3, 1)
+            agree(gns)
+        if rank != where and reason not in ("nonfinite", "weights"):
+            assert f"rank {where} could not measure it ({reason})" in str(told[0].message)
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_all_ranks_skip_what_one_cannot_measure(processes, where):
+    processes(troubled, where)
+
+
+def written(rank):
+    model = tiny()
+    wrapped, opt = DDP(model), descent(model)
+    readings = []
+    with watch(wrapped, opt, sinks=[readings.append], run_dir="run") as gns:
+        for _ in range(3):
+            opt.zero_grad()
+            loss_of(wrapped, batches([[2], [2]])[rank][0]).backward()
+            opt.step()
+    assert len(readings) == (0 if rank else 3)
+    assert (gns.run_dir is None) == bool(rank)
+
+
+def test_the_first_rank_writes(processes, tmp_path):
+    processes(written)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["gns.jsonl"]
+
+
+def different(rank):
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(1 + rank)))
+    with pytest.raises(ValueError, match="expected the same model and the same settings on each"):
+        watch(model, descent(model))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with pytest.raises(ValueError, match="expected the same model and the same settings on each"):
+        watch(tiny(), None, every=1 + rank)
+
+
+def test_ranks_that_differ_are_refused(processes):
+    """As the stages of a pipeline; or one that measures other steps, for which all would wait."""
+    processes(different)
+
+
+def own_probes(rank):
+    """Errors of sketches average over ranks; the proof has one direction on all."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(D)
+    with watch(DDP(model), descent(model), method="sketch", subspace=2) as gns:
+        taps = gns._sources[0][0].taps
+        mine = [s.probes.tolist() for s in taps.sketches.values()]
+        shared = [d.tolist() for d in taps.directions.values()]
+    everyone = [None, None]
+    dist.all_gather_object(everyone, (mine, shared))
+    assert everyone[0][0] != everyone[1][0]
+    assert everyone[0][1] == everyone[1][1]
+
+
+def test_each_rank_draws_probes_of_its_own(processes):
+    processes(own_probes)
