@@ -141,27 +141,31 @@ def test_training_with_the_monitor_is_the_same_training(kind):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def in_two_processes(rank, given):
+def in_two_processes(rank, given, method):
     as_launched(rank)
     accelerator, model, optimizer, loader = make(24, 3, accumulate=2)
     assert isinstance(model, torch.nn.parallel.DistributedDataParallel)
     whole = torch.utils.data.DataLoader(loader.dataset, batch_size=3)
     batches = [list(whole)[i : i + 4] for i in (0, 4)]
     attached = {"wrapper": model, "module": model.module}[given]
-    with watch(attached, optimizer, method="ranks") as gns:
+    with watch(attached, optimizer, method=method) as gns:
         seen = iter(batches)
 
         def check():
-            u = gradients(model.module, lambda m, b: loss_of(m, b) / 4, next(seen))
-            assert_reading(gns, u, [3] * 4, 12)
+            batches = next(seen)
+            size = 3 if method == "ranks" else 1
+            parts = [tuple(t[i : i + size] for t in b) for b in batches for i in range(0, 3, size)]
+            u = gradients(model.module, lambda m, part: loss_of(m, part) * size / 12, parts)
+            assert_reading(gns, u, [size] * len(parts), 12)
 
         train(accelerator, model, optimizer, loader, 1e-3, check)
         assert gns.step == 2 and not gns.skipped
 
 
+@pytest.mark.parametrize("method", ["ranks", "pepgns"])
 @pytest.mark.parametrize("given", ["wrapper", "module"])
-def test_two_processes(tmp_path, given):
-    in_processes(in_two_processes, given, folder=tmp_path)
+def test_two_processes(tmp_path, given, method):
+    in_processes(in_two_processes, given, method, folder=tmp_path)
 
 
 def test_state_is_saved_and_loaded_with_the_accelerators(tmp_path):

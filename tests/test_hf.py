@@ -687,25 +687,29 @@ def in_two_processes(rank, folder, averaged, method):
 
 
 def compare(model, reading, everywhere, averaged):
-    """Each microbatch by itself, in float64; a rank counts its own labels, or all do together."""
+    """Each part by itself, in float64; a rank counts its own labels, or all do together."""
     model = copy.deepcopy(model).double()
-    counts = [[float(bearing(batch, True)) for batch in own] for own in everywhere]
+    counts = [sum(bearing(batch, True) for batch in own) for own in everywhere]
     weights, parts = [], []
     for own, of_rank in zip(everywhere, counts, strict=True):
-        for batch, n in zip(own, of_rank, strict=True):
-            whole = sum(map(sum, counts)) if averaged else 2 * sum(of_rank)
-            loss = model(**batch, num_items_in_batch=torch.tensor(whole)).loss
-            gradients = torch.autograd.grad(loss, list(model.parameters()))
-            parts.append(torch.cat([g.flatten() for g in gradients]))
-            weights.append(n / whole)
+        whole = sum(counts) if averaged else 2 * of_rank
+        for batch in own:
+            size = len(batch["labels"]) if reading.method == "ranks" else 1
+            for part in zip(*(tensor.split(size) for tensor in batch.values()), strict=True):
+                part = dict(zip(batch, part, strict=True))
+                loss = model(**part, num_items_in_batch=torch.tensor(whole)).loss
+                gradients = torch.autograd.grad(loss, list(model.parameters()))
+                parts.append(torch.cat([g.flatten() for g in gradients]))
+                weights.append(bearing(part, True) / whole)
     parts = torch.stack(parts)
     assert sum(weights) == pytest.approx(1)
-    assert reading.examples == 12
+    assert reading.examples == 12 and reading.coverage == 1.0
     assert reading.raw.big_sq_norm == pytest.approx(float(parts.sum(0).square().sum()), **TOLERANCE)
     assert reading.raw.parts_sq_norm == pytest.approx(float(parts.square().sum()), **TOLERANCE)
     assert reading.raw.sum_sq_weights == pytest.approx(sum(w**2 for w in weights), rel=1e-6)
 
 
+@pytest.mark.parametrize("method", ["ranks", "pepgns"])
 @pytest.mark.parametrize("averaged", [True, False])
-def test_two_processes(tmp_path, averaged):
-    in_processes(in_two_processes, tmp_path, averaged, "ranks", folder=tmp_path)
+def test_two_processes(tmp_path, averaged, method):
+    in_processes(in_two_processes, tmp_path, averaged, method, folder=tmp_path)
