@@ -234,8 +234,13 @@ def test_the_loss_itself_tells_how_the_examples_weigh(shift, whole_step):
         assert divisor is None or torch.allclose(found.float(), expected.float())
     assert not doubts
     weights(replace(seen, labels=None))
-    Weights(microbatches=2, shifts=shift, doubt=doubts.append)(replace(seen, loss=3 * seen.loss))
-    assert doubts == ["the loss has no labels", "the loss is not that of the logits and labels"]
+    weights = Weights(microbatches=2, shifts=shift, doubt=doubts.append)
+    for _ in range(5):
+        weights(replace(seen, loss=3 * seen.loss))
+    assert doubts == [
+        "the loss has no labels",
+        *["the loss is not that of the logits and labels"] * 3,
+    ]
 
 
 def test_the_norm_is_the_trainers_own_before_clipping(tmp_path):
@@ -658,22 +663,22 @@ def test_settings_are_checked_at_once(tmp_path):
     assert type(one)() is one and one.config.every == 2
 
 
-def in_two_processes(rank, folder, averaged, method):
+def in_two_processes(rank, folder, averaged, method, plain):
     """Two microbatches on each rank; the parts are those of all four."""
     for words in FILTERED:
         warnings.filterwarnings("ignore", words)
     as_launched(rank)
     torch.manual_seed(0)
     model = llama()
-    trainer = make(
-        folder,
-        model,
-        sequences(36),
-        ddp_backend="gloo",
-        average_tokens_across_devices=averaged,
-        learning_rate=0.0,
-    )
-    callback, readings, seen = watch(trainer, method=method)
+    settings = {"ddp_backend": "gloo", "average_tokens_across_devices": averaged}
+    if plain:
+        readings = []
+        callback = gnsmon.hf.GNSCallback(every=1, strict=True, method=method, sinks=readings.append)
+        trainer = make(folder, model, sequences(36), callbacks=[callback], **settings)
+        seen = Microbatches(trainer)
+    else:
+        trainer = make(folder, model, sequences(36), **settings)
+        callback, readings, seen = watch(trainer, method=method)
     trainer.train()
     assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
     assert len(readings) == (3 if rank == 0 else 0)
@@ -709,7 +714,34 @@ def compare(model, reading, everywhere, averaged):
     assert reading.raw.sum_sq_weights == pytest.approx(sum(w**2 for w in weights), rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["ranks", "pepgns"])
-@pytest.mark.parametrize("averaged", [True, False])
-def test_two_processes(tmp_path, averaged, method):
-    in_processes(in_two_processes, tmp_path, averaged, method, folder=tmp_path)
+@pytest.mark.parametrize(
+    ("averaged", "method", "plain"),
+    [
+        (True, "ranks", False),
+        (False, "ranks", True),
+        (True, "pepgns", True),
+        (False, "pepgns", False),
+    ],
+)
+def test_two_processes(tmp_path, averaged, method, plain):
+    in_processes(in_two_processes, tmp_path, averaged, method, plain, folder=tmp_path)
+
+
+def resumed_in_two_processes(rank, folder):
+    for words in FILTERED:
+        warnings.filterwarnings("ignore", words)
+    as_launched(rank)
+    states = []
+    for resume in (None, str(folder / "out" / "checkpoint-2")):
+        torch.manual_seed(0)
+        settings = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+        trainer = make(folder, llama(), sequences(48), ddp_backend="gloo", **settings)
+        callback, readings, _ = watch(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        states.append(callback.monitor.state_dict())
+    assert states[0] == states[1] and states[0]["step"] == 4
+    assert len(readings) == (2 if rank == 0 else 0)
+
+
+def test_two_processes_go_on_from_a_checkpoint(tmp_path):
+    in_processes(resumed_in_two_processes, tmp_path, folder=tmp_path)

@@ -20,6 +20,7 @@ from gnsmon.sinks.keys import prefix, scalars
 
 try:
     from transformers import TrainerCallback
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
     from transformers.trainer_callback import ExportableState
 except Exception as error:  # an optional package that is broken fails in many ways
     raise ImportError(
@@ -205,16 +206,13 @@ class GNSCallback(TrainerCallback, ExportableState):
         """See every microbatch's labels, logits and loss, and weigh its examples."""
         trainer = self._trainer()
         average = getattr(args, "average_tokens_across_devices", False)
-        of_model = getattr(model, "config", None)
         weights = Weights(
             microbatches=args.gradient_accumulation_steps,
             ranks=args.world_size,
             averaged=average,
             scale=args.world_size if trainer is not None and average else 1.0,
             smoothing=args.label_smoothing_factor,
-            shifts=None
-            if getattr(of_model, "is_encoder_decoder", False)
-            else "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__,
+            shifts=_shifts(model),
             doubt=self._doubt,
         )
         if trainer is None:
@@ -279,6 +277,15 @@ class GNSCallback(TrainerCallback, ExportableState):
     def _warn(self, text: str) -> None:
         if self.monitor is not None and self.monitor.run_dir is not None:  # the first rank
             self.monitor.warn(text)
+
+
+def _shifts(model: nn.Module) -> bool | None:
+    """Whether its loss may be expected to shift labels; None where it never does."""
+    model = getattr(model, "get_base_model", lambda: model)()  # of PEFT
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+    return causal or "LMHead" in type(model).__name__
 
 
 def _outside_graphs(

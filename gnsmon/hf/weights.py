@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100  # a label that bears no loss
+TRIES = 3  # before a loss that is another is no longer looked at
 ROWS = 1024  # of the logits that are read at a time, whose float32 copy may be large
 TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-2  # of the loss, relative
 
@@ -41,8 +42,8 @@ class Weights:
     The loss of an example is the sum over its labels. A model that takes `num_items_in_batch`
     divides by the labels of all microbatches, so that an example weighs as many as it has; others
     take the mean over the microbatch, and an example weighs its share of it. Signatures do not tell
-    which (BERT with a sequence head takes the argument and ignores it, transformers 5.23). So the
-    loss is computed again from logits and labels, until one way alone gives the value that came.
+    which (BART takes the argument and ignores it, transformers 5.23). So the loss is computed again
+    from logits and labels, until one way alone gives the value that came.
 
     Args:
         microbatches: in an optimizer step.
@@ -70,6 +71,7 @@ class Weights:
         self._scale, self._smoothing, self._shifts = scale, smoothing, shifts
         self._doubt = doubt
         self._kind: Kind | None = None
+        self._tries = 0
 
     def __call__(self, seen: Seen) -> Tensor | None:
         """The weights; None where nothing tells how many examples there are."""
@@ -94,7 +96,10 @@ class Weights:
         found = {kind: error for kind, error in self._errors(seen) if error <= _tolerance(seen)}
         if not found:
             self._doubt("the loss is not that of the logits and labels")
-            return Kind(bool(self._shifts) and not seen.shifted, seen.items is not None)
+            guess = Kind(bool(self._shifts) and not seen.shifted, seen.items is not None)
+            self._tries += 1
+            self._kind = guess if self._tries == TRIES else None
+            return guess
         # Logits that are all alike give the same loss wherever the labels stand.
         likely = {kind: e for kind, e in found.items() if kind.shift == self._shifts} or found
         kind = min(likely, key=lambda kind: likely[kind])
