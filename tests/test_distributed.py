@@ -14,6 +14,13 @@ from test_microbatch import gradients
 from test_monitor import T, Tiny, brute, loss_of, watch
 from test_ranks import batches
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 D = torch.float64
@@ -40,6 +47,14 @@ def tiny(dtype=D, kind=Tiny):
 
 def descent(model, lr=0.1):
     return torch.optim.SGD(model.parameters(), lr=lr)
+
+
+class Plain(Tiny):
+    """Without the in-place operation that fully_shard warns of, and parallel layers refuse."""
+
+    def __init__(self, **given):
+        super().__init__(**given)
+        self.relu = nn.ReLU()
 
 
 def share(model, micro, examples):
@@ -468,3 +483,292 @@ def own_probes(rank):
 
 def test_each_rank_draws_probes_of_its_own(processes):
     processes(own_probes)
+
+
+# fully_shard (FSDP2).
+
+
+def shard(model, kind, **options):
+    """Each block and the root, or the root alone."""
+    # Of a Linear by itself, which returns a view; with a monitor it does not.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+    if kind == "blocks":
+        for block in (model.norm, model.up, model.down):
+            fully_shard(block, **options)
+    fully_shard(model, **options)
+
+
+def step_of_fsdp(model, optimizer, own, examples, *, synced=False, clip=False, whole=False):
+    optimizer.zero_grad()
+    for j, micro in enumerate(own):
+        last = j == len(own) - 1
+        model.set_requires_gradient_sync(synced or last)
+        model.set_reshard_after_backward(last or not whole)
+        (dist.get_world_size() * share(model, micro, examples)).backward()
+    if clip:
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+def local_grads(model):
+    return [p.grad.to_local().clone() for p in model.parameters()]
+
+
+def fsdp(rank, sizes, kind, before, synced, expected, options, mesh, width):
+    own, examples = batches(sizes)[rank], sum(map(sum, sizes))
+    if mesh:
+        options = {**options, "mesh": init_device_mesh("cpu", mesh, mesh_dim_names=("r", "s"))}
+    runs = []
+    for monitored in (False, True):
+        model = tiny(kind=partial(Plain, width=width))
+        gns = watch(model, None, method=METHODS) if monitored and before else None
+        shard(model, kind, **options)
+        opt = descent(model)
+        if gns:
+            opt.register_step_post_hook(lambda *_, gns=gns: gns.commit())
+        elif monitored:
+            gns = watch(model, opt, method=METHODS)
+        grads = []
+        for step in range(len(expected)):
+            step_of_fsdp(model, opt, own, examples, synced=synced)
+            grads += local_grads(model)
+            opt.step()
+            if gns:
+                assert not gns.skipped
+                assert gns.coverage().missing == {}
+                assert_same(seen(gns), expected[step])
+                agree(gns)
+        if gns:
+            gns.close()
+        runs.append(grads)
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+def against_one_process(processes, sizes, kind="blocks", before=False, synced=False, **given):
+    width = given.get("width", 8)
+    expected, _ = in_one_process(sizes, kind=partial(Plain, width=width))
+    processes(
+        fsdp,
+        sizes,
+        kind,
+        before,
+        synced,
+        expected,
+        given.get("options", {}),
+        given.get("mesh"),
+        width,
+        ranks=len(sizes),
+    )
+
+
+@pytest.mark.parametrize("synced", [False, True], ids=["accumulated", "synced"])
+@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
+@pytest.mark.parametrize("kind", ["blocks", "root"])
+def test_fsdp_is_one_process(processes, kind, before, synced):
+    against_one_process(processes, SIZES[:2], kind, before, synced)
+
+
+@pytest.mark.parametrize("reshard", [False, True])
+def test_fsdp_that_reshards_after_forward_or_not(processes, reshard):
+    against_one_process(processes, SIZES[:2], options={"reshard_after_forward": reshard})
+
+
+def test_four_ranks_of_fsdp_with_uneven_and_empty_shards(processes):
+    """Eleven rows are 3, 3, 3 and 2; three are 1, 1, 1 and none."""
+    against_one_process(processes, SIZES, width=3)
+
+
+def test_hybrid_shards(processes):
+    against_one_process(processes, SIZES, mesh=(2, 2))
+
+
+def now(found):
+    """What is of one step alone."""
+    return {method: [*of[1:3], *of[4:9]] for method, of in found.items()}
+
+
+def loops(rank, expected):
+    """Clipping, batches thrown away in both ways, parameters kept whole between microbatches."""
+    own = batches(SIZES[:2])[rank]
+    model = tiny(kind=Plain)
+    shard(model, "blocks")
+    opt = descent(model, lr=0.0)
+    with watch(model, opt, method=METHODS) as gns:
+        for number in range(5):
+            if number in (2, 3):
+                model.set_requires_gradient_sync(True)
+                loss_of(model, own[0]).backward()
+                opt.zero_grad(set_to_none=number == 2)
+            step_of_fsdp(
+                model, opt, own, 6, synced=number == 3, clip=number == 1, whole=number == 4
+            )
+            opt.step()
+            assert not gns.skipped
+            assert gns.coverage().missing == {}
+            for method, values in now(seen(gns)).items():
+                assert values == pytest.approx(now(expected[0])[method], rel=1e-9), (number, method)
+            agree(gns)
+
+
+def test_loops_of_fsdp(processes):
+    processes(loops, in_one_process(SIZES[:2], steps=1)[0])
+
+
+def half(rank):
+    """Computed in bfloat16, reduced and kept in float32."""
+    data = batches([[4, 4], [4, 4]])
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = tiny(torch.float32, Plain)
+    twin = copy.deepcopy(model).double()
+    shard(model, "blocks", mp_policy=policy)
+    opt = descent(model, lr=0.0)
+    methods = ["pepgns", "sketch", "microbatch"]
+    with watch(model, opt, method=methods) as gns:
+        for synced in (False, True):
+            step_of_fsdp(model, opt, data[rank], 16, synced=synced)
+            big = sum(
+                float(p.grad.full_tensor().double().square().sum()) for p in model.parameters()
+            )
+            opt.step()
+            assert not gns.skipped
+            assert gns.coverage().missing == {}
+            micros = [micro for own in data for micro in own]
+            u = gradients(twin, partial(share, examples=16), micros)
+            whole = [torch.cat(t) for t in zip(*micros, strict=True)]
+            for method, parts in (
+                ("pepgns", brute(twin, whole)[1]),
+                ("sketch", brute(twin, whole)[1]),
+                ("microbatch", float(u.square().sum())),
+            ):
+                raw = gns.readings[method].raw
+                assert raw.big_sq_norm == pytest.approx(big, rel=1e-5)
+                assert raw.parts_sq_norm == pytest.approx(parts, rel=2e-2)
+            agree(gns)
+
+
+def test_mixed_precision_of_fsdp(processes):
+    processes(half)
+
+
+def compiled(rank, expected):
+    """Each block compiled, before or after it is sharded."""
+    warnings.simplefilter("ignore")  # of dynamo's own
+    own = batches(SIZES[:2])[rank]
+    for late in (False, True):
+        torch._dynamo.reset()
+        model = tiny(kind=Plain)
+        gns = watch(model, None, method=["pepgns", "sogns", "sketch"])
+        for block in (model.norm, model.up, model.down):
+            if not late:
+                block.compile(backend="aot_eager")
+            fully_shard(block)
+            if late:
+                block.compile(backend="aot_eager")
+        fully_shard(model)
+        opt = descent(model)
+        for step in range(2):
+            step_of_fsdp(model, opt, own, 6)
+            opt.step()
+            gns.commit()
+            assert not gns.skipped
+            assert gns.coverage().missing == {}
+            assert_same(seen(gns), expected[step])
+            agree(gns)
+        gns.close()
+
+
+def test_compiled_blocks_of_fsdp(processes):
+    expected, _ = in_one_process(SIZES[:2], steps=2, methods=["pepgns", "sogns", "sketch"])
+    processes(compiled, expected)
+
+
+def replayed(rank):
+    """A layer without a rule is run again while its parameters are whole."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 4), Scale(), nn.Linear(4, 4)).to(D)
+    x = torch.randn(2, 3, 4, dtype=D)
+    u = gradients(
+        model, lambda m, row: m(row).sin().sum() / 24, [row[None] for row in x.flatten(0, 1)]
+    )
+    for block in model:
+        fully_shard(block)
+    fully_shard(model)
+    opt = descent(model)
+    with watch(model, opt) as gns:
+        opt.zero_grad()
+        model(x[rank]).sin().mean().backward()
+        opt.step()
+        raw = gns.reading.raw
+        assert raw.big_sq_norm == pytest.approx(float(u.sum(0).square().sum()), rel=1e-9)
+        assert raw.parts_sq_norm == pytest.approx(float(u.square().sum()), rel=1e-9)
+        assert gns.coverage().missing == {}
+        agree(gns)
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+def test_a_layer_without_a_rule_in_shards(processes):
+    processes(replayed)
+
+
+# What is refused.
+
+
+def tensor_parallel(rank):
+    def parallel(model):
+        mesh = init_device_mesh("cpu", (2,))
+        parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+
+    model = tiny(kind=Plain)
+    parallel(model)
+    with pytest.raises(ValueError, match="up.weight is a DTensor that no fully_shard has made"):
+        watch(model, descent(model))
+    model = tiny(kind=Plain)
+    with watch(model, None, strict=False) as gns:
+        parallel(model)
+        loss_of(model, batches([[2]])[0][0]).backward()
+        with pytest.warns(RuntimeWarning, match="tensor parallel.*; supported are data-parallel"):
+            gns.commit()
+        assert gns.skipped == {"sharding": 1}
+        assert gns.reading is None
+
+
+def test_tensor_parallel_is_refused(processes):
+    processes(tensor_parallel)
+
+
+def both_parallel(rank):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = tiny(kind=Plain)
+    parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    for block in (model.up, model.down):
+        fully_shard(block, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    with pytest.raises(ValueError, match="supported are data-parallel ranks alone"):
+        watch(model, descent(model))
+    model = tiny(kind=Plain)
+    fully_shard(model, mesh=mesh["dp"])
+    with pytest.raises(ValueError, match="sharded over 2 of 4 ranks"):
+        watch(model, descent(model))
+
+
+def test_parallel_in_two_ways_is_refused(processes):
+    processes(both_parallel, ranks=4)
+
+
+def first_fsdp(rank):
+    model = nn.Sequential(nn.Linear(2, 2))
+    wrapped = type("FullyShardedDataParallel", (nn.Sequential,), {})(model)
+    with pytest.raises(ValueError, match="is a FullyShardedDataParallel .FSDP1.; supported are"):
+        watch(wrapped, descent(model))
+
+
+def test_fsdp_of_the_first_kind_is_refused(processes):
+    processes(first_fsdp)

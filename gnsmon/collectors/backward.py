@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from gnsmon.collectors.shards import local
 from gnsmon.collectors.step import Skipped
 
 
@@ -132,7 +133,7 @@ class _Sentinel:
         dense = [
             p
             for p in self._model.parameters()
-            if p.grad is not None and p.grad.layout == torch.strided
+            if p.grad is not None and p.grad.layout == torch.strided and local(p.grad).numel()
         ]
         p = min(dense, key=lambda p: p.numel(), default=None)
         self._seen = None if p is None or p.grad is None else (p, p.grad, p.grad._version)
@@ -143,5 +144,5 @@ class _Sentinel:
             return False
         p, seen, version = self._seen
         if p.grad is not seen:  # the same values elsewhere: DDP has rebuilt its buckets
-            return p.grad is None or not torch.equal(p.grad, seen)
-        return seen._version != version and not bool(seen.any())
+            return p.grad is None or not torch.equal(local(p.grad), local(seen))
+        return seen._version != version and not bool(local(seen).any())

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from gnsmon.collectors.backward import Backwards, Fingerprint, exactly, fingerprint
 from gnsmon.collectors.proof import Directions, gaps
 from gnsmon.collectors.reduction import ALONE, UNREDUCED, Ranks
-from gnsmon.collectors.shards import held
+from gnsmon.collectors.shards import held, is_managed, is_sharded
 from gnsmon.collectors.step import (
     HALF_TOLERANCE,
     NO_BACKWARD,
@@ -74,6 +74,12 @@ TORN = (
 )
 
 
+UNSEEN = (
+    "fully_shard holds it, and its gradient could not be seen: its layer's forward was not called, "
+    "or is compiled"
+)
+
+
 @dataclass(frozen=True, eq=False)
 class _Forward:
     """What a forward of the model told of its batch."""
@@ -99,7 +105,9 @@ class Microbatch:
     A hook on each parameter sees what a backward is about to add to `.grad`: the microbatch's own
     gradient u, with all uses of a tied or reused parameter summed (torch 2.13). Its square is taken
     there and then, so that no gradient is copied or kept: two numbers a parameter and microbatch
-    remain. The hooks are there while a step is measured only.
+    remain. The hooks are there while a step is measured only. The whole parameters of
+    `fully_shard`, whose gradients they see, are in the model while their layer runs: a hook on each
+    layer finds them there.
 
     With several data-parallel ranks the parts are the microbatches of all, one or more a rank: a
     hook sees its rank's own gradient before it is reduced, and `.grad` is whole once it is. As the
@@ -131,7 +139,7 @@ class Microbatch:
         ranks: Ranks = ALONE,
     ):
         self.model, self.method, self._ranks = model, method, ranks
-        self.wanted = False
+        self.wanted = self._managed = False
         self.names = [name for name, _ in model.named_parameters()]
         self.columns = Columns(self.names)
         self.untapped: dict[str, str] = {}
@@ -147,7 +155,8 @@ class Microbatch:
             ),
             model.register_forward_hook(Announce(model, self._returned)),
         ]
-        self._on_parameters: dict[str, tuple[nn.Parameter, RemovableHandle]] = {}
+        self._on_parameters: dict[str, tuple[nn.Parameter, list[RemovableHandle]]] = {}
+        self._on_layers: list[RemovableHandle] = []
         self._clear()
 
     def arm(self, measure: bool, *, exact: bool = False) -> None:
@@ -156,8 +165,12 @@ class Microbatch:
         if measure:
             self._install()
             return
-        for _, handle in self._on_parameters.values():
+        for handle in [
+            *self._on_layers,
+            *(h for _, hs in self._on_parameters.values() for h in hs),
+        ]:
             handle.remove()
+        self._on_layers.clear()
         self._on_parameters.clear()
 
     def share(self) -> Share | Skipped | None:
@@ -191,6 +204,7 @@ class Microbatch:
         self._present: set[str] = set()
         self._seen: dict[str, tuple[Fingerprint, Tensor]] = {}  # in the present backward
         self._torn: set[str] = set()
+        self._landed: set[str] = set()  # parameters to whose .grad something was added
         self._half: set[str] = set()  # parameters whose gradients came in half precision
         self._flowed: list[_Forward] = []  # into the present backward
         self._forwards = 0  # since the last microbatch
@@ -202,9 +216,39 @@ class Microbatch:
 
     def _install(self) -> None:
         """Hooks on all trainable parameters, those that were added or thawed lately too."""
+        self._managed = is_managed(self.model)
         for name, p in _trainable(self.model).items():
-            if self._on_parameters.get(name, (None,))[0] is not p:
-                self._on_parameters[name] = p, p.register_hook(partial(self._gradient, name, p))
+            if not is_sharded(p):
+                self._hook(name, p)
+        if not self._managed or self._on_layers:
+            return
+        first = {id(p): name for name, p in self.model.named_parameters()}
+        for module in self.model.modules():
+            own = {at: first[id(p)] for at, p in module.named_parameters(recurse=False)}
+            if own:
+                gathered = Announce(module, partial(self._gathered, module, own))
+                # Before fully_shard takes them away again.
+                self._on_layers.append(module.register_forward_hook(gathered, prepend=True))
+
+    def _hook(self, name: str, p: nn.Parameter) -> None:
+        before, handles = self._on_parameters.get(name, (None, []))
+        if before is p:
+            return
+        for handle in handles:
+            handle.remove()
+        self._on_parameters[name] = p, [p.register_hook(partial(self._gradient, name, p))]
+        if self._managed:
+            landed = p.register_post_accumulate_grad_hook(lambda _: self._landed.add(name))
+            self._on_parameters[name][1].append(landed)
+
+    def _gathered(self, module: nn.Module, own: Mapping[str, str], *_: Any) -> None:
+        """A layer has run: its parameters are whole."""
+        if torch.compiler.is_compiling():
+            return
+        for at, name in own.items():
+            p = getattr(module, at)
+            if p.requires_grad and not is_sharded(p):
+                self._hook(name, p)
 
     # What a forward brings.
 
@@ -266,7 +310,13 @@ class Microbatch:
         self._seen, self._torn, self._flowed = {}, set(), []
         grads = {name: p.grad for name, p in _trainable(self.model).items()}
         # torch.autograd.grad runs the hooks too, but what it brings does not reach .grad.
-        landed = [n for n, (before, _) in seen.items() if fingerprint(grads.get(n)) != before]
+        # What fully_shard has not reduced yet is in no .grad of the model.
+        landed = [
+            name
+            for name, (before, _) in seen.items()
+            if name in self._landed or not self._managed and fingerprint(grads.get(name)) != before
+        ]
+        self._landed = set()
         if not landed:
             return
         device = seen[landed[0]][1].device
@@ -330,6 +380,7 @@ class Microbatch:
             sq_norms[j], along[j] = self._table(
                 dict(zip(part.names, values[j].reshape(-1, 2), strict=True))
             )
+        seen = {name for part in self._parts for name in part.names}
         whole = sum(float(square) for square, _ in big.values())
         if not (np.isfinite(whole) and np.isfinite(sq_norms).all()):
             return Skipped("nonfinite", "the gradient has infinite or undefined values")
@@ -343,7 +394,7 @@ class Microbatch:
             big_sq_norm=big_sq_norm,
             big_along=big_along,
             present=np.array([name in self._present for name in self.names]),
-            seen=np.ones(len(self.names), bool),
+            seen=np.array([not self._managed or name in seen for name in self.names]),
             half=np.array([name in self._half for name in self.names]),
             whole=whole,
             sum_weights=total,
@@ -385,17 +436,20 @@ class Microbatch:
         """Why trainable parameters are not in this step's norms."""
         missing, unreduced = {}, UNREDUCED if self._ranks.size > 1 else ""
         longer = np.maximum(share.big_sq_norm, share.parts_sq_norm[0])
-        of_each = zip(share.present, gaps(share, self.columns, longer), share.half, strict=True)
+        gap_of_each = gaps(share, self.columns, longer)
+        of_each = zip(share.present, share.seen, gap_of_each, share.half, strict=True)
         known = dict(zip(self.names, of_each, strict=True))
         for name in _trainable(self.model):
             if name not in known:
                 missing[name] = "it was added to the model after attach"
                 continue
-            present, gap, half = known[name]
+            present, seen, gap, half = known[name]
             if not present:
                 missing[name] = UNUSED
             elif name in share.missing:
                 missing[name] = share.missing[name]
+            elif not seen:
+                missing[name] = UNSEEN
             elif not gap <= (HALF_TOLERANCE if half else TOLERANCE):
                 missing[name] = (
                     f"the gradients of the microbatches do not add up to .grad (off by {gap:.1%}): "

@@ -19,6 +19,16 @@ def is_sharded(t: Tensor) -> bool:
     return hasattr(t, "placements") and hasattr(t, "to_local")
 
 
+def is_managed(model: nn.Module) -> bool:
+    """Whether `fully_shard` holds parameters of the model, whole just now or in shards."""
+    return any(hasattr(module, "set_requires_gradient_sync") for module in model.modules())
+
+
+def local(gradient: Tensor) -> Tensor:
+    """What this rank has of it; looking at more would wait for the others."""
+    return gradient.to_local() if is_sharded(gradient) else gradient  # type: ignore[operator]
+
+
 def held(gradient: Tensor, ranks: Ranks) -> tuple[Tensor, int] | None:
     """This rank's rows of `gradient`, and the number of rows before them.
 
@@ -34,7 +44,7 @@ def held(gradient: Tensor, ranks: Ranks) -> tuple[Tensor, int] | None:
     if any(replicas):
         return None
     rows = -(-gradient.shape[0] // mesh.size(len(coordinates) - 1))  # as torch.chunk deals them
-    return sharded.to_local().detach(), min(at * rows, gradient.shape[0])
+    return local(gradient).detach(), min(at * rows, gradient.shape[0])
 
 
 def refusal(model: nn.Module, ranks: Ranks) -> str | None:
