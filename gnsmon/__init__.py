@@ -28,6 +28,7 @@ _HOME = {
     "norms.oracles": ("per_example_sq_norms", "random_sign_sq_norms"),
     "norms.rules": ("rule",),
 }
+_ROOMS = ("hf",)  # that need optional packages
 _MODULE = {name: f"gnsmon.{module}" for module, names in _HOME.items() for name in names}
 
 __all__ = [
@@ -53,6 +54,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("gnsmon")
+    if name in _ROOMS:
+        return import_module(f"gnsmon.{name}")
     if name not in _MODULE:
         raise AttributeError(f"module 'gnsmon' has no attribute {name!r}")
     value = getattr(import_module(_MODULE[name]), name)

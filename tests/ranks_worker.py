@@ -31,6 +31,13 @@ def in_processes(fn, *args, folder, ranks=2, seconds=120):
             process.kill()
 
 
+def as_launched(rank, ranks=2):
+    """What torchrun tells its processes, for libraries that ask the environment."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    told |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 0, "OMP_NUM_THREADS": 1}
+    os.environ |= {name: str(value) for name, value in told.items()}
+
+
 def _rank(rank, fn, ranks, folder, args):
     warnings.simplefilter("error")
     os.chdir(folder)

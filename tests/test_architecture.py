@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "monitor": {"collectors", "estimators", "sinks", "advice", "config", "methods"},
     "lightning": {"monitor", "config", "sinks", "advice", "estimators"},
     "checking": {"collectors", "estimators", "norms"},
+    "hf": {"monitor", "config", "sinks", "norms"},
 }
 WITHOUT_TORCH = {"estimators", "advice", "config", "sinks", "plots", "report"}
 
@@ -89,6 +90,17 @@ def test_optional_packages_are_not_loaded(code):
 )
 def test_reading_a_log_needs_no_torch(code):
     assert "torch" not in loaded_after(code)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    import gnsmon
+
+    monkeypatch.delitem(vars(gnsmon), "hf", raising=False)  # not by name, which would load it
+    for name in [name for name in sys.modules if name.startswith("gnsmon.hf")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r'pip install "gnsmon\[transformers\]"'):
+        gnsmon.hf  # noqa: B018
 
 
 def test_public_names_exist():
