@@ -890,3 +890,34 @@ def first_fsdp(rank):
 
 def test_fsdp_of_the_first_kind_is_refused(processes):
     processes(first_fsdp)
+
+
+# Resumed.
+
+
+def going_on(rank, state, sizes, expected):
+    model = tiny()
+    wrapped, optimizer = DDP(model), descent(model, lr=0.0)
+    with watch(wrapped, optimizer, method=["pepgns", "microbatch"]) as gns:
+        gns.load_state_dict(json.loads(state))
+        step_of_ddp(wrapped, optimizer, batches(sizes)[rank], sum(map(sum, sizes)))
+        optimizer.step()
+        assert_same(seen(gns), expected)
+        agree(gns)
+
+
+def test_a_run_goes_on_with_more_ranks_and_another_batch(processes):
+    """From one process and six examples to two ranks and eleven; as if one process had gone on."""
+    small, large = [[3, 3]], [[4, 2], [3, 2]]
+    model = tiny()
+    optimizer = descent(model, lr=0.0)
+    with watch(model, optimizer, method=["pepgns", "microbatch"]) as gns:
+        for sizes in (small, small, large):
+            state = json.dumps(gns.state_dict())
+            optimizer.zero_grad()
+            for micro in [micro for own in batches(sizes) for micro in own]:
+                share(model, micro, sum(map(sum, sizes))).backward()
+            optimizer.step()
+        expected = seen(gns)
+    assert gns.reading.step == 2
+    processes(going_on, state, large, expected)
