@@ -508,6 +508,8 @@ def sketched(rank):
     x = torch.randn(2, 4, 12, 64, dtype=D)[rank]
     errors, variances = [], []
     with watch(wrapped, opt, method=["pepgns", "sketch"], subspace=2) as gns:
+        for sketch in gns._sources[0][0].taps.sketches.values():
+            sketch.passes = 0  # layers as small as these would be exact
         for _ in range(60):
             opt.zero_grad()
             wrapped(x).sin().mean().backward()
@@ -518,6 +520,7 @@ def sketched(rank):
             agree(gns)
     errors, variance = torch.tensor(errors), sum(variances) / len(variances)
     assert abs(float(errors.mean())) < 4 * (variance / len(errors)) ** 0.5
+    assert variance > 0
     assert 0.5 < float(errors.square().mean()) / variance < 1.7
 
 
