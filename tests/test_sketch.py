@@ -149,3 +149,16 @@ def test_training_randomness_is_untouched():
     sketch.draw(torch.Generator().manual_seed(0))
     sketch.sq_norms(forms()["outer"])
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_needs_no_sketch_is_not_tracked():
+    sketch = sketch_of(forms()["outer"])
+    before = sketch.subspace.clone()
+    sketch.passes = 10**6
+    sketch.sq_norms(forms()["outer"])
+    sketch.track(normal(M, N))
+    assert torch.equal(sketch.subspace, before)
+    sketch.passes = 0
+    sketch.sq_norms(forms()["outer"])
+    sketch.track(normal(M, N))
+    assert not torch.equal(sketch.subspace, before)

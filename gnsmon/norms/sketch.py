@@ -46,18 +46,21 @@ class Sketch:
         self.subspace = torch.linalg.qr(start)[0].to(device)
         self.probes = torch.ones(DRAWS, n, probes, dtype=dtype, device=device)
         # Multiply-adds per position, row and column: see `sq_norms`. Products with so few columns
-        # run at about a quarter of a square one's speed (CPU, 128 to 3072 wide, torch 2.13).
-        self.passes = 4 * (3 * self.columns + 2 * probes)
+        # run at an eighth to a third of a square one's speed (CPU, 128 to 3072 wide, torch 2.13).
+        self.passes = 8 * (3 * self.columns + 2 * probes)
+        self.used: bool | None = None  # whether it ever paid; unknown of a compiled model
 
     def draw(self, generator: torch.Generator) -> None:
         """New probes, in place, for what a compiled graph has taken in must stay where it is."""
         self.probes.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 
     def track(self, grad: Tensor) -> None:
-        """Turn the subspace towards the gradient's, by one subspace iteration.
+        """Turn the subspace towards the gradient's, by one subspace iteration, if it is of use.
 
         A gradient that is not finite leaves it alone; nothing waits for the device to find out.
         """
+        if self.used is False:
+            return
         matrix = grad.reshape(len(grad), len(self.subspace)).to(self.subspace.dtype)
         rows = torch.linalg.qr(matrix @ self.subspace)[0]
         turned = torch.linalg.qr(matrix.mT @ rows)[0]
@@ -81,7 +84,10 @@ class Sketch:
         too large; it is float64, for fourth powers of gradients leave the range of float32. Without
         need of a sketch the norms are exact.
         """
-        if not self.pays(form):
+        pays = self.pays(form)
+        if not torch.compiler.is_compiling():
+            self.used = pays or bool(self.used)
+        if not pays:
             exact = form.sq_norms()
             return exact, exact.new_zeros(())
         basis = self.subspace
