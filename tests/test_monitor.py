@@ -828,8 +828,9 @@ def test_state_continues():
 
 
 def test_state_of_another_run_is_refused():
-    model, optimizer, _ = make()
+    model, optimizer, batch = make()
     with watch(model, optimizer, half_life="40 examples") as gns:
+        plain(model, optimizer, batch)
         state = gns.state_dict()
     for settings, words in (
         ({"groups": "kind"}, "groups: expected"),
@@ -837,8 +838,10 @@ def test_state_of_another_run_is_refused():
         ({"method": ["pepgns", "sogns"], "half_life": "9 examples"}, "'sogns' is not in the saved"),
     ):
         gns = watch(model, optimizer, **settings)
+        before = gns.state_dict()
         with pytest.raises(ValueError, match=words):
             gns.load_state_dict(state)
+        assert gns.state_dict() == before  # nothing is taken in
         gns.close()
 
 
