@@ -378,7 +378,8 @@ class Monitor:
             hook.remove()
         for collector, _ in self._sources:
             collector.remove()
-        self._start()
+        if self.step > self._first_step or self._losses:  # an earlier log may be in its place
+            self._start()
         if self.reading is not None:
             advice = self._advise(self.reading)
             self._sinks.advise(str(advice), advice.batch_size)
