@@ -635,6 +635,15 @@ def test_a_resumed_run_goes_on_as_if_never_interrupted(tmp_path, restored, plain
     assert sum("gns/tr_sigma" in e for e in trainer.state.log_history) == 3
 
 
+def test_advice(tmp_path):
+    trainer = make(tmp_path, llama(), sequences(18))
+    callback, _, _ = watch(trainer)
+    with pytest.raises(ValueError, match="no training has begun"):
+        callback.advice()
+    trainer.train()
+    assert callback.advice() == callback.monitor.advice()
+
+
 def test_a_checkpoint_from_before_the_monitor(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 1}
     trainer = make(tmp_path, llama(), sequences(18), **settings)
