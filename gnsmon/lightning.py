@@ -160,8 +160,9 @@ class GNSCallback(pl.Callback):
         self._detach()
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        """Detach, where no training took place."""
+        """Detach, where no training took place; the next fit goes on from no checkpoint tested."""
         self._detach()
+        self._state = None
 
     def on_exception(self, *_: Any) -> None:
         """Detach."""
