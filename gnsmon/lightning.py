@@ -122,7 +122,13 @@ class GNSCallback(pl.Callback):
             sinks=[_Loggers(trainer, f"gns{own}"), *self._config.sinks],
         )
         if state is not None:
-            self.monitor.load_state_dict(state)
+            try:
+                self.monitor.load_state_dict(state)
+            except ValueError as error:
+                raise ValueError(
+                    f"the averages in the checkpoint do not fit: {error}. To go on without them, "
+                    f"remove checkpoint['callbacks'][{self.state_key!r}] from the file"
+                ) from None
 
     def on_before_zero_grad(self, *_: Any) -> None:
         """Begin to count microbatches."""

@@ -428,6 +428,18 @@ def test_a_checkpoint_that_is_tested_is_not_gone_on_from():
     assert [r["step"] for r in read_log("log").readings] == list(range(7))
 
 
+def test_a_checkpoint_of_other_settings_is_refused_and_the_log_left_alone():
+    run = trainer(GNSCallback(every=1, run_dir="log"))
+    run.fit(Own(), data())
+    run.save_checkpoint("kept.ckpt")
+    before = Path("log/gns.jsonl").read_text()
+    words = r"averages in the checkpoint do not fit: unit: .* checkpoint\['callbacks'\]\['gnsmon'\]"
+    other = trainer(GNSCallback(half_life="90 examples", run_dir="log"), max_epochs=2)
+    with pytest.raises(ValueError, match=words):
+        other.fit(Own(), data(), ckpt_path="kept.ckpt")
+    assert Path("log/gns.jsonl").read_text() == before
+
+
 def test_a_checkpoint_that_knows_nothing_of_it_starts_afresh():
     run = trainer()
     run.fit(Own(), data())
