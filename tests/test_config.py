@@ -58,7 +58,9 @@ def test_errors_of_a_file_name_the_file(tmp_path):
 
 
 def test_settings_in_a_dict_are_keywords():
-    with pytest.raises(ValueError, match=r"config: expected a MonitorConfig or .* got \{'every': 3\}"):
+    with pytest.raises(
+        ValueError, match=r"config: expected a MonitorConfig or .* got \{'every': 3\}"
+    ):
         gnsmon.attach(nn.Linear(2, 2), config={"every": 3})
 
 
