@@ -144,7 +144,11 @@ def load(kind: type[Model], path: Model | str | Path | None, **overrides: Any) -
     """
     if isinstance(path, kind):
         path, overrides = None, {**path.model_dump(exclude_unset=True), **overrides}
-    assert not isinstance(path, BaseModel)
+    if not isinstance(path, str | Path | None):
+        raise ValueError(
+            f"config: expected a {kind.__name__} or the path of a TOML file, got {path!r}; give "
+            "single settings as keywords"
+        )
     where = f"{path}: " if path is not None else ""
     try:
         values = tomllib.loads(Path(path).read_text()) if path is not None else {}

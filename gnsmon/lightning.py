@@ -122,7 +122,13 @@ class GNSCallback(pl.Callback):
             sinks=[_Loggers(trainer, f"gns{own}"), *self._config.sinks],
         )
         if state is not None:
-            self.monitor.load_state_dict(state)
+            try:
+                self.monitor.load_state_dict(state)
+            except ValueError as error:
+                raise ValueError(
+                    f"the averages in the checkpoint do not fit: {error}. To go on without them, "
+                    f"remove checkpoint['callbacks'][{self.state_key!r}] from the file"
+                ) from None
 
     def on_before_zero_grad(self, *_: Any) -> None:
         """Begin to count microbatches."""
@@ -160,8 +166,9 @@ class GNSCallback(pl.Callback):
         self._detach()
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        """Detach, where no training took place."""
+        """Detach, where no training took place; the next fit goes on from no checkpoint tested."""
         self._detach()
+        self._state = None
 
     def on_exception(self, *_: Any) -> None:
         """Detach."""

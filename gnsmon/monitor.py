@@ -346,7 +346,8 @@ class Monitor:
         """Go on from `state_dict`; the log continues at its step.
 
         Raises:
-            ValueError: on another schema, other groups, or another kind of averages.
+            ValueError: on another schema, other groups, or another kind of averages; nothing is
+                taken in.
         """
         for key, own in (("schema", SCHEMA), ("groups", self._groups)):
             if state[key] != own:
@@ -354,12 +355,13 @@ class Monitor:
                     f"{key}: expected {own!r}, got {state[key]!r} in the saved state; attach with "
                     "the same model and settings as the saved run, or start afresh"
                 )
-        for method, estimator in self._estimators.items():
+        for method in self._estimators:
             if method not in state["estimators"]:
                 raise ValueError(
                     f"method {method!r} is not in the saved state, which has "
                     f"{list(state['estimators'])}; start afresh to add a method"
                 )
+        for method, estimator in self._estimators.items():
             estimator.load_state_dict(state["estimators"][method])
         self.step = self._first_step = int(state["step"])
         for name, method in self._methods.items():
@@ -376,7 +378,8 @@ class Monitor:
             hook.remove()
         for collector, _ in self._sources:
             collector.remove()
-        self._start()
+        if self.step > self._first_step or self._losses:  # an earlier log may be in its place
+            self._start()
         if self.reading is not None:
             advice = self._advise(self.reading)
             self._sinks.advise(str(advice), advice.batch_size)

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "monitor": {"collectors", "estimators", "sinks", "advice", "config", "methods"},
     "lightning": {"monitor", "config", "sinks", "advice", "estimators"},
     "checking": {"collectors", "estimators", "norms"},
-    "hf": {"monitor", "config", "sinks", "norms"},
+    "hf": {"monitor", "config", "sinks", "norms", "advice"},
 }
 WITHOUT_TORCH = {"estimators", "advice", "config", "sinks", "plots", "report"}
 

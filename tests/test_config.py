@@ -57,6 +57,13 @@ def test_errors_of_a_file_name_the_file(tmp_path):
         gnsmon.attach(nn.Linear(2, 2), config=tmp_path / "nowhere.toml")
 
 
+def test_settings_in_a_dict_are_keywords():
+    with pytest.raises(
+        ValueError, match=r"config: expected a MonitorConfig or .* got \{'every': 3\}"
+    ):
+        gnsmon.attach(nn.Linear(2, 2), config={"every": 3})
+
+
 def test_keywords_stand_over_the_file(tmp_path):
     path = tmp_path / "gns.toml"
     path.write_text('every = 3\nmethod = "sogns"\n')

@@ -243,6 +243,18 @@ def test_the_loss_itself_tells_how_the_examples_weigh(shift, whole_step):
     ]
 
 
+def test_a_microbatch_without_labels_raises_no_doubt():
+    """Its loss is 0, as it should be; the next ones tell the kind."""
+    kind, doubts = Kind(True, True), []
+    weights = Weights(microbatches=2, shifts=True, doubt=doubts.append)
+    seen, counts = loss_by(kind, 4, 97)
+    none = torch.full_like(seen.labels, -100)
+    for _ in range(3):
+        assert weights(replace(seen, labels=none, loss=torch.zeros(()))).tolist() == [0] * 4
+    assert torch.equal(weights(seen), counts)
+    assert not doubts
+
+
 def test_the_norm_is_the_trainers_own_before_clipping(tmp_path):
     trainer = make(tmp_path, llama(), sequences(18), learning_rate=1e-2)
     _, readings, _ = watch(trainer)
@@ -621,6 +633,15 @@ def test_a_resumed_run_goes_on_as_if_never_interrupted(tmp_path, restored, plain
     assert resumed.state_dict() == whole.state_dict()
     assert resumed.reading.step == whole.reading.step == 4
     assert sum("gns/tr_sigma" in e for e in trainer.state.log_history) == 3
+
+
+def test_advice(tmp_path):
+    trainer = make(tmp_path, llama(), sequences(18))
+    callback, _, _ = watch(trainer)
+    with pytest.raises(ValueError, match="no training has begun"):
+        callback.advice()
+    trainer.train()
+    assert callback.advice() == callback.monitor.advice()
 
 
 def test_a_checkpoint_from_before_the_monitor(tmp_path):

@@ -411,6 +411,35 @@ def test_resumed_it_goes_on_as_if_never_stopped(window):
     assert [h["step"] for h in log.headers] == [0, 3]
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_checkpoint_that_is_tested_is_not_gone_on_from():
+    class Tested(Own):
+        def test_step(self, batch, _):
+            self.loss(batch)
+
+    module, callback = Tested(), GNSCallback(every=1, strict=True, run_dir="log")
+    keep = ModelCheckpoint("kept", "{step}", every_n_train_steps=3, save_top_k=-1)
+    run = trainer(callback, keep, enable_checkpointing=True, max_steps=5, max_epochs=None)
+    run.fit(module, data())
+    run.test(module, data(), ckpt_path="kept/step=3.ckpt", verbose=False)
+    run.fit_loop.epoch_loop.max_steps = 7
+    run.fit(module, data())
+    assert run.global_step == callback.monitor.step == 7
+    assert [r["step"] for r in read_log("log").readings] == list(range(7))
+
+
+def test_a_checkpoint_of_other_settings_is_refused_and_the_log_left_alone():
+    run = trainer(GNSCallback(every=1, run_dir="log"))
+    run.fit(Own(), data())
+    run.save_checkpoint("kept.ckpt")
+    before = Path("log/gns.jsonl").read_text()
+    words = r"averages in the checkpoint do not fit: unit: .* checkpoint\['callbacks'\]\['gnsmon'\]"
+    other = trainer(GNSCallback(half_life="90 examples", run_dir="log"), max_epochs=2)
+    with pytest.raises(ValueError, match=words):
+        other.fit(Own(), data(), ckpt_path="kept.ckpt")
+    assert Path("log/gns.jsonl").read_text() == before
+
+
 def test_a_checkpoint_that_knows_nothing_of_it_starts_afresh():
     run = trainer()
     run.fit(Own(), data())

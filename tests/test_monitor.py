@@ -827,9 +827,27 @@ def test_state_continues():
     assert second.reading.tr_sigma == pytest.approx(whole.reading.tr_sigma)
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_run_that_takes_no_step_leaves_the_log_alone(tmp_path, resumed):
+    """One that fails before its first step, or whose state is refused, has nothing to say."""
+    model, optimizer, batch = make()
+    with watch(model, optimizer, run_dir=tmp_path) as gns:
+        state = gns.state_dict()
+        for _ in range(3):
+            plain(model, optimizer, batch)
+        state |= {"step": 1}
+    before = (tmp_path / "gns.jsonl").read_text()
+    with watch(model, optimizer, run_dir=tmp_path) as gns:
+        if resumed:
+            gns.load_state_dict(state)
+    assert (tmp_path / "gns.jsonl").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["gns.jsonl"]
+
+
 def test_state_of_another_run_is_refused():
-    model, optimizer, _ = make()
+    model, optimizer, batch = make()
     with watch(model, optimizer, half_life="40 examples") as gns:
+        plain(model, optimizer, batch)
         state = gns.state_dict()
     for settings, words in (
         ({"groups": "kind"}, "groups: expected"),
@@ -837,8 +855,10 @@ def test_state_of_another_run_is_refused():
         ({"method": ["pepgns", "sogns"], "half_life": "9 examples"}, "'sogns' is not in the saved"),
     ):
         gns = watch(model, optimizer, **settings)
+        before = gns.state_dict()
         with pytest.raises(ValueError, match=words):
             gns.load_state_dict(state)
+        assert gns.state_dict() == before  # nothing is taken in
         gns.close()
 
 

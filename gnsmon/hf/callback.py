@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gnsmon.advice import Advice
 from gnsmon.config import MonitorConfig, load
 from gnsmon.hf.weights import Seen, Weights
 from gnsmon.monitor import Monitor
@@ -109,6 +110,16 @@ class GNSCallback(TrainerCallback, ExportableState):
         self._doubted = False
         self._logged_step: int | None = None
         self._output: Any = None
+
+    def advice(self) -> Advice:
+        """What to make of the last reading.
+
+        Raises:
+            ValueError: before there is one.
+        """
+        if self.monitor is None:
+            raise ValueError("no training has begun, so there is nothing to advise on")
+        return self.monitor.advice()
 
     def close(self) -> None:
         """Detach from the model and close the sinks; without effect after a whole `train()`."""

@@ -120,7 +120,7 @@ class Weights:
             total = self._scale * _loss_sum(seen.logits, targets, self._smoothing)
             for whole_step in (True, False) if seen.items is not None else (False,):
                 of = seen.items if whole_step else _bearing(targets).sum()
-                yield Kind(shift, whole_step), float((total / of - seen.loss).abs() / seen.loss)
+                yield Kind(shift, whole_step), _error(total / of, seen.loss)
 
     def _is_mean_over_elements(self, seen: Seen) -> bool:
         """Whether the loss of labels that are numbers is their mean, squared or by yes and no."""
@@ -129,10 +129,15 @@ class Weights:
             if y.shape != labels.shape:
                 return False
             means = F.mse_loss(y, labels), F.binary_cross_entropy_with_logits(y, labels)
-            errors = [float((self._scale * m - seen.loss).abs() / seen.loss) for m in means]
+            errors = [_error(self._scale * m, seen.loss) for m in means]
             if min(errors) <= _tolerance(seen):
                 self._kind = Kind(shift=False, whole_step=False)
         return self._kind is not None
+
+
+def _error(found: Tensor, loss: Tensor) -> float:
+    """Relative to the loss; 0 where both are, as in a microbatch that bears none."""
+    return float((found - loss).abs() / loss) if found != loss else 0.0
 
 
 def _targets(seen: Seen, shift: bool) -> Tensor:
