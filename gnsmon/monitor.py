@@ -188,7 +188,7 @@ class Monitor:
         )
         if self._ranks.size > 1:
             layouts = [collector.columns for collector, _ in self._sources]
-            settings = config.method, config.every, config.calibrate_every
+            settings = config.model_dump(exclude={"sinks", "run_dir", "groups"})
             device = next(model.parameters()).device
             if odd := others((settings, layouts), self._ranks, device):
                 for collector, _ in self._sources:

@@ -1,4 +1,4 @@
-"""Prints what a measured step costs, as a ratio to the bare step, on the two demo models.
+"""Prints what a measured step costs, as a ratio to the bare step, on the demo's models and a wide one.
 
     python scripts/bench_overhead.py --rounds 40
 
