@@ -1,4 +1,4 @@
-"""Prints what a measured step costs, as a ratio to the bare step, on the demo's models and a wide one.
+"""Prints what a measured step costs, as a ratio to the bare step, on three small models.
 
     python scripts/bench_overhead.py --rounds 40
 
