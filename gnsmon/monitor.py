@@ -230,10 +230,9 @@ class Monitor:
         self._clock = _Clock(config.every)
         writes = self._ranks.rank == 0
         self.run_dir = _run_dir(config) if writes else None  # None on a rank that writes nothing
-        self._sinks = SinkSet(
-            [open_sink(spec, self.run_dir) for spec in ["jsonl", *config.sinks] if writes],
-            strict=config.strict,
-        )
+        # A mistake in a name is to be found on all ranks, or the others would wait in vain.
+        sinks = [open_sink(spec, self.run_dir or Path()) for spec in ["jsonl", *config.sinks]]
+        self._sinks = SinkSet(sinks if writes else [], strict=config.strict)
         self._started = False
         self._losses: list[tuple[int, float]] = []
         self._hooks = [

@@ -477,6 +477,15 @@ def different(rank):
         watch(tiny(), None, every=1 + rank)
 
 
+def mistyped(rank):
+    with pytest.raises(ValueError, match="expected a sink as one of"):
+        watch(model := tiny(), descent(model), sinks=["tensorbord"])
+
+
+def test_a_mistake_in_the_settings_is_found_on_all_ranks(processes):
+    processes(mistyped)
+
+
 def test_ranks_that_differ_are_refused(processes):
     """As the stages of a pipeline; or one that measures other steps, for which all would wait."""
     processes(different)
