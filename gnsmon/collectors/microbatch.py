@@ -25,7 +25,6 @@ from gnsmon.collectors.step import (
     Measured,
     Share,
     Skipped,
-    StepNorms,
     check_weights,
     known_sum,
     square_sum,
@@ -423,19 +422,7 @@ class Microbatch:
         if not left_in.any():
             why = next(iter(missing.values()), "no parameter is trainable")
             return Skipped("nothing measured", why)
-        big_sq_norm = share.big_sq_norm * left_in
-        norms = StepNorms(
-            big_sq_norm=big_sq_norm,
-            parts_sq_norm=share.parts_sq_norm[0] * left_in,
-            sum_sq_weights=share.sum_sq_weights / share.sum_weights**2,
-            examples=share.examples,
-            tokens=share.tokens,
-            microbatch=share.microbatch,
-            microbatches=share.microbatches,
-            missing=missing,
-            norm_fraction=float(big_sq_norm.sum() / share.whole) if share.whole > 0 else None,
-        )
-        return {self.method: norms}
+        return {self.method: share.norms(left_in, missing)}
 
     def _missing(self, share: Share) -> dict[str, str]:
         """Why trainable parameters are not in this step's norms."""

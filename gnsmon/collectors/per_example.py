@@ -28,7 +28,6 @@ from gnsmon.collectors.step import (
     Measured,
     Share,
     Skipped,
-    StepNorms,
     check_weights,
     known_sum,
     square_sum,
@@ -256,6 +255,7 @@ class PerExample:
         tokens = None if later else taps.tokens
         self._passes.append(_Pass(serial, batch, tokens, taps.weights, taps.forwards))
         taps.end_pass()
+        taps.draw()
 
     def _discard(self) -> None:
         """The gradients of the microbatches so far were thrown away: begin again."""
@@ -366,21 +366,10 @@ class PerExample:
         if not measured.any():
             why = next(iter(missing.values()), "no parameter is trainable")
             return Skipped("nothing measured", why)
-        big_sq_norm = np.where(measured, share.big_sq_norm, 0.0)
         slots = np.where(measured, share.parts_sq_norm, 0.0)
         if not np.isfinite(slots).all():
             return Skipped("nonfinite", "an example's gradient has infinite or undefined values")
-        every = StepNorms(
-            big_sq_norm=big_sq_norm,
-            parts_sq_norm=np.zeros_like(big_sq_norm),
-            sum_sq_weights=share.sum_sq_weights / share.sum_weights**2,
-            examples=share.examples,
-            tokens=share.tokens,
-            microbatch=share.microbatch,
-            microbatches=share.microbatches,
-            missing=missing,
-            norm_fraction=float(big_sq_norm.sum() / share.whole) if share.whole > 0 else None,
-        )
+        every = share.norms(measured, missing)
         ends = np.cumsum([WAYS[way].width for way in self.taps.ways])
         by_way = dict(zip(self.taps.ways, np.split(slots, ends[:-1]), strict=True))
         asked = {EXACT: "exact"} if self._exact else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,14 +22,13 @@ from gnsmon.collectors.step import (
     Measured,
     Share,
     Skipped,
-    StepNorms,
     check_weights,
     known_sum,
     square_sum,
     to_host,
 )
 from gnsmon.norms.contractions import wide
-from gnsmon.norms.oracles import random_signs
+from gnsmon.norms.oracles import left_untouched, random_signs
 
 METHODS = ("random_signs",)
 PROOF_EVERY = 10  # measurements
@@ -240,7 +238,7 @@ class RandomSigns:
         """Gradient of sum_j weights_j losses_j in the parameters that it reaches."""
         self._within = key
         try:
-            with _unnoticed(self.model):
+            with left_untouched(self.model):
                 found = torch.autograd.grad(
                     losses, list(of.values()), weights, retain_graph=True, allow_unused=True
                 )
@@ -364,19 +362,7 @@ class RandomSigns:
             why = next(iter(missing.values()), "no parameter is trainable")
             return Skipped("nothing measured", why)
         self._measured += 1
-        big_sq_norm = share.big_sq_norm * measured
-        norms = StepNorms(
-            big_sq_norm=big_sq_norm,
-            parts_sq_norm=share.parts_sq_norm[0] * measured,
-            sum_sq_weights=share.sum_sq_weights / share.sum_weights**2,
-            examples=share.examples,
-            tokens=share.tokens,
-            microbatch=share.microbatch,
-            microbatches=share.microbatches,
-            missing=missing,
-            norm_fraction=float(big_sq_norm.sum() / share.whole) if share.whole > 0 else None,
-        )
-        return {METHODS[0]: norms}
+        return {METHODS[0]: share.norms(measured, missing)}
 
     def _why(
         self, name: str, sq_norms: Mapping[str, float], big: Mapping[str, float]
@@ -390,19 +376,6 @@ class RandomSigns:
             "gns.losses does not reach it, but it has a gradient: another term of the loss reaches "
             "it, or it is in checkpoint(..., use_reentrant=True), which should be False"
         )
-
-
-@contextmanager
-def _unnoticed(model: nn.Module) -> Iterator[None]:
-    """Random streams and buffers as they were, where a checkpoint computes its forward again."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        for buffer, before in buffers:
-            buffer.data.copy_(before)  # .data: a graph that has saved it is not to count a change
 
 
 def _dense(gradient: Tensor) -> Tensor:

@@ -100,6 +100,21 @@ class Share:
     microbatches: int
     missing: dict[str, str]
 
+    def norms(self, measured: Array, missing: dict[str, str]) -> StepNorms:
+        """Those of the parameters `measured` [n_parameters], by the first slot."""
+        big_sq_norm = np.where(measured, self.big_sq_norm, 0.0)
+        return StepNorms(
+            big_sq_norm=big_sq_norm,
+            parts_sq_norm=np.where(measured, self.parts_sq_norm[0], 0.0),
+            sum_sq_weights=self.sum_sq_weights / self.sum_weights**2,
+            examples=self.examples,
+            tokens=self.tokens,
+            microbatch=self.microbatch,
+            microbatches=self.microbatches,
+            missing=missing,
+            norm_fraction=float(big_sq_norm.sum() / self.whole) if self.whole > 0 else None,
+        )
+
 
 @dataclass(frozen=True)
 class Skipped:

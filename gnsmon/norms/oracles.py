@@ -130,9 +130,8 @@ def left_untouched(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(devices):
             yield
     finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+        for buffer, before in buffers:
+            buffer.data.copy_(before)  # .data: a graph that has saved it is not to count a change
 
 
 def named_tensors(batch: Any, path: str = "") -> dict[str, Tensor]:

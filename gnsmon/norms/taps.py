@@ -467,9 +467,9 @@ class Taps:
             self.active = measure
         for tap in self.layers:
             tap.ways = ways(tap) if measure else ()
-        self._draw()
+        self.draw()
 
-    def _draw(self) -> None:
+    def draw(self) -> None:
         """New probes for the next microbatch: errors of two that share them would add up."""
         if self.wanted and any("sketch" in tap.ways for tap in self.layers):
             for sketch in self.sketches.values():
@@ -503,7 +503,6 @@ class Taps:
         self.links: dict[str, tuple[links.Use, ...]] = {}  # in the graph being compiled
         self.inputs: list[Tensor] = []
         self.weights: Tensor | None = None
-        self._draw()
 
     def guarded(self, fn: Callable[..., Any], *args: Any) -> Any:
         """`fn(*args)`; a failure is kept as the fault of this measurement, and None comes back."""
