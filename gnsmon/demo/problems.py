@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,6 +13,7 @@ from torch.nn import functional as F
 from gnsmon.demo.models import CharGPT, DigitsCNN
 
 Batch = tuple[Tensor, Tensor]
+Model = TypeVar("Model", DigitsCNN, CharGPT)
 
 
 def digits() -> tuple[DigitsCNN, object, Batch]:
@@ -20,7 +25,7 @@ def digits() -> tuple[DigitsCNN, object, Batch]:
     def loss(model: DigitsCNN, batch: Batch) -> Tensor:
         return F.cross_entropy(model(batch[0]), batch[1])
 
-    return DigitsCNN(), loss, (images, labels)
+    return _seeded(DigitsCNN), loss, (images, labels)
 
 
 def text() -> tuple[CharGPT, object, Batch]:
@@ -31,4 +36,12 @@ def text() -> tuple[CharGPT, object, Batch]:
     def loss(model: CharGPT, batch: Batch) -> Tensor:
         return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
-    return CharGPT(100, context=64, dropout=0.0), loss, (window[:, :-1], window[:, 1:])
+    model = _seeded(partial(CharGPT, 100, context=64, dropout=0.0))
+    return model, loss, (window[:, :-1], window[:, 1:])
+
+
+def _seeded(make: Callable[[], Model]) -> Model:
+    """The same weights each time, so that a check can be repeated."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make()
