@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -49,6 +49,13 @@ class MonitorConfig(BaseModel):
     """For sketch: directions in which the norms are exact."""
     probes: int = Field(1, ge=1)
     """For sketch: random probes of each example in the other directions."""
+    engine: Literal["auto", "fused", "hooks"] = "auto"
+    """How the exact norms of a layer are had.
+
+    "fused" takes over the backward of linear and convolution layers, so that no matrix product is
+    repeated; the gradients are autograd's to rounding. "hooks" leaves them bitwise as they are.
+    "auto" times what there is, once for each layer and shape, and takes the fastest.
+    """
     every: int = Field(10, ge=1)
     """Measure one optimizer step in this many."""
     decay: float | None = Field(None, gt=0, lt=1)

@@ -59,6 +59,7 @@ def sources(
             calibrated=config.calibrate_every is not None,
             subspace=config.subspace,
             probes=config.probes,
+            engine=config.engine,
             ranks=ranks,
             **options,
         )

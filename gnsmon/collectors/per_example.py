@@ -90,6 +90,7 @@ class PerExample:
         strict: bool = False,
         subspace: int = SUBSPACE,
         probes: int = 1,
+        engine: str = "hooks",
         ranks: Ranks = ALONE,
     ):
         self.model, self.methods, self.strict = model, tuple(methods), strict
@@ -103,6 +104,7 @@ class PerExample:
             strict=strict,
             subspace=subspace,
             probes=probes,
+            engine=engine,
             seed=ranks.rank,  # lest the sketches of all ranks err alike
         )
         if "norm_layers" in methods and not self._in_norms():

@@ -45,6 +45,26 @@ def outer_sq_norms(
     return _chunked(gram, batch, positions, row_bytes=3 * groups * positions * _itemsize(left))
 
 
+def outer_sum_and_sq_norms(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_bt left_bgt (x) right_bgt, [G, m, n], and the squared norms [B] of its examples' terms.
+
+    Example by example, so that each gradient is squared and added while it is in cache: the work of
+    the sum alone, and one square-sum of m n numbers an example. Shapes as in `outer_sq_norms`.
+    """
+    if left.shape[3] < right.shape[3]:  # the longer side first runs faster (CPU, torch 2.13)
+        total, norms = outer_sum_and_sq_norms(right, left)
+        return total.mT, norms
+    dtype = wider(left.dtype)
+    total = left.new_zeros(left.shape[1], left.shape[3], right.shape[3], dtype=dtype)
+    gradient = total.new_empty(total.shape, dtype=left.dtype)
+    norms = []
+    for x, y in zip(left, right, strict=True):
+        torch.bmm(x.mT, y, out=gradient)
+        norms.append(_square_sum(gradient))
+        total += gradient
+    return total, torch.stack(norms)
+
+
 def row_sq_norms(index: Tensor, value: Tensor) -> Tensor:
     """Exact squared norms [B] of sparse gradients whose rows `index` [B, T] hold `value` [B, T, d].
 
@@ -134,6 +154,15 @@ def squares(t: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     return wide(t).square().sum(dim)
 
 
+def _square_sum(t: Tensor) -> Tensor:
+    """The sum of all squares of a contiguous t, a scalar, without a copy of it.
+
+    A dot product of more than 2^20 float32 numbers on the CPU is off by up to 1e-4.
+    """
+    pieces = [wide(piece) for piece in t.view(-1).split(2**18)]
+    return torch.stack([torch.dot(piece, piece) for piece in pieces]).sum()
+
+
 def wide(t: Tensor) -> Tensor:
     """`t` in float32, or as it is if already float32 or float64."""
     return t.to(wider(t.dtype))
@@ -142,6 +171,11 @@ def wide(t: Tensor) -> Tensor:
 def wider(dtype: torch.dtype) -> torch.dtype:
     """float32, or `dtype` if that is wider."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def per_example(weights: Tensor, like: Tensor) -> Tensor:
+    """`weights` [B] with axes of size one behind, in the dtype of `like`."""
+    return weights.to(like.dtype).reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def _itemsize(t: Tensor) -> int:

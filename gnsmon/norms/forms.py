@@ -6,15 +6,17 @@ joins the uses of a parameter that is used more than once. All methods trace und
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from gnsmon.norms import contractions
-from gnsmon.norms.contractions import squares, wide
+from gnsmon.norms import contractions, plans
+from gnsmon.norms.contractions import per_example, squares, wide
+from gnsmon.norms.plans import Plan
 
 Shape = tuple[int, ...]
 
@@ -31,7 +33,11 @@ class Form(Protocol):
 
     def __add__(self, other: Form) -> Joined:
         """The form of a parameter that is used twice: gradients add before they are squared."""
-        return Joined((*_parts(self), *_parts(other)))
+        return Joined((*self.uses(), *other.uses()))
+
+    def uses(self) -> tuple[Form, ...]:
+        """The forms that are joined when this one is added to another."""
+        return (self,)
 
     def sq_norms(self) -> Tensor:
         """Exact squared norm of each example's gradient, [B], float32 or wider."""
@@ -102,6 +108,8 @@ class Outer(Form):
     shape: Shape | None = None
     inputs: Literal["left", "right"] = "right"
 
+    plans: ClassVar[Mapping[str, Plan]]
+
     def __post_init__(self) -> None:
         left, right = (t[:, None] if t.ndim == 3 else t for t in (self.left, self.right))
         if left.ndim != 4 or left.shape[:3] != right.shape[:3]:
@@ -126,7 +134,22 @@ class Outer(Form):
         return len(self.left)
 
     def sq_norms(self) -> Tensor:  # noqa: D102
-        return contractions.outer_sq_norms(self.left, self.right)
+        return plans.chosen(self).sq_norms(self)
+
+    @property
+    def signature(self) -> Hashable:  # noqa: D102
+        groups, positions, m = self.left.shape[1:]
+        sizes = groups, plans.bucket(positions), m, self.right.shape[3]
+        return *sizes, self.left.dtype, self.left.device
+
+    @property
+    def positions(self) -> int:
+        """Positions that share the parameter."""
+        return self.left.shape[2]
+
+    @property
+    def sum_work(self) -> float:  # noqa: D102
+        return self.left.shape[2] * prod(self.shape)
 
     def sogns_sq_norms(self, *, unit_variance: bool = False) -> Tensor:  # noqa: D102
         dy, x = self.left, self.right
@@ -135,7 +158,7 @@ class Outer(Form):
         return contractions.sogns_sq_norms(dy, x, unit_variance=unit_variance)
 
     def sum(self, weights: Tensor | None = None) -> Tensor:  # noqa: D102
-        left = self.left if weights is None else self.left * _per_example(weights, self.left)
+        left = self.left if weights is None else self.left * per_example(weights, self.left)
         left, right = (t.transpose(0, 1).flatten(1, 2) for t in (left, self.right))
         return (left.mT @ right).reshape(self.shape)
 
@@ -159,6 +182,30 @@ class Outer(Form):
 
     def dense(self) -> Tensor:  # noqa: D102
         return (self.left.mT @ self.right).reshape(-1, *self.shape)
+
+
+def _directly(form: Outer) -> Tensor:
+    return contractions.outer_sq_norms(form.left, form.right, path="direct")
+
+
+def _by_gram(form: Outer) -> Tensor:
+    return contractions.outer_sq_norms(form.left, form.right, path="gram")
+
+
+def _gram_work(form: Outer) -> float:
+    groups, positions, m = form.left.shape[1:]
+    return groups * positions**2 * (m + form.right.shape[3])
+
+
+def _summed_too(form: Outer) -> tuple[Tensor, Tensor]:
+    total, norms = contractions.outer_sum_and_sq_norms(form.left, form.right)
+    return total.reshape(form.shape), norms
+
+
+Outer.plans = {
+    "gram": Plan(_gram_work, _by_gram),
+    "direct": Plan(lambda form: form.sum_work, _directly, _summed_too),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +245,7 @@ class Rows(Form):
     def sum(self, weights: Tensor | None = None) -> Tensor:  # noqa: D102
         value = wide(self.value)
         if weights is not None:
-            value = value * _per_example(weights, value)
+            value = value * per_example(weights, value)
         return _scattered(self.index, value, self.shape[0]).reshape(self.shape)
 
     def sum_along(self, direction: Tensor) -> Tensor:  # noqa: D102
@@ -245,7 +292,7 @@ class Dense(Form):
 
     def sum(self, weights: Tensor | None = None) -> Tensor:  # noqa: D102
         grad = wide(self.grad)
-        return (grad if weights is None else grad * _per_example(weights, grad)).sum(0)
+        return (grad if weights is None else grad * per_example(weights, grad)).sum(0)
 
     def sum_along(self, direction: Tensor) -> Tensor:  # noqa: D102
         return self.sum().reshape(prod(self.shape[:1]), prod(self.shape[1:])) @ wide(direction)
@@ -287,6 +334,9 @@ class Joined(Form):
     def batch(self) -> int:  # noqa: D102
         return self.parts[0].batch
 
+    def uses(self) -> tuple[Form, ...]:  # noqa: D102
+        return self.parts
+
     def sq_norms(self) -> Tensor:  # noqa: D102
         parts = _merged(self.parts)
         squared = [part.sq_norms() for part in parts]
@@ -318,6 +368,7 @@ class Joined(Form):
 
 def inner(a: Form, b: Form) -> Tensor:
     """<a_b, b_b> for each example, [B], of the forms of one parameter; differentiable in both."""
+    (a,), (b,) = a.uses(), b.uses()
     if isinstance(b, Outer) and not isinstance(a, Outer):
         a, b = b, a
     if isinstance(a, Outer) and isinstance(b, Outer) and a.left.shape[1] == b.left.shape[1]:
@@ -328,10 +379,6 @@ def inner(a: Form, b: Form) -> Tensor:
         return contractions.rows_inner(a.index, a.value, b.index, b.value)
     product = wide(a.dense()) * wide(b.dense())
     return product.reshape(len(product), -1).sum(1)
-
-
-def _parts(form: Form) -> tuple[Form, ...]:
-    return form.parts if isinstance(form, Joined) else (form,)
 
 
 def _merged(parts: tuple[Form, ...]) -> list[Form]:
@@ -351,10 +398,6 @@ def _merged(parts: tuple[Form, ...]) -> list[Form]:
     if dense:
         merged.append(Dense(torch.stack([wide(p.grad) for p in dense]).sum(0)))
     return merged + [p for p in parts if not isinstance(p, (Outer, Rows, Dense))]
-
-
-def _per_example(weights: Tensor, like: Tensor) -> Tensor:
-    return weights.to(like.dtype).reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def _regrouped(t: Tensor, batch: int) -> Tensor:  # [N, ...] -> [batch, N / batch, ...]

@@ -17,28 +17,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnsmon.norms.contractions import wide, wider
+from gnsmon.norms.convolved import Convolved
 from gnsmon.norms.forms import Dense, Form, Outer, Rows
 
 Forms = dict[str, Form]
 Rule = Callable[[Any, Any, Tensor], Forms]
 Refuse = Callable[[Any], str | None]
+Mask = tuple[bool, bool, bool]
+# (module, x, dy, weight, which are wanted) -> gradients of input, weight and bias
+Backward = Callable[[Any, Tensor, Tensor, Tensor, Mask], tuple[Tensor | None, ...]]
 
 
 class _Entry(NamedTuple):
     rule: Rule
     refuse: Refuse | None
+    backward: Backward | None
 
 
 _TABLE: dict[type[nn.Module] | str, _Entry] = {}
 
 
-def rule(*kinds: type[nn.Module] | str, refuse: Refuse | None = None) -> Callable[[Rule], Rule]:
+def rule(
+    *kinds: type[nn.Module] | str, refuse: Refuse | None = None, backward: Backward | None = None
+) -> Callable[[Rule], Rule]:
     """Decorator that makes a function the rule of the layer types `kinds`; the last one counts.
 
     Args:
         kinds: layer types. Subclasses take the rule over unless they override `forward`. A type
             that is not to be imported is given by its full name, with wildcards if need be.
         refuse: layer -> the reason why, as it is set up, it has no per-example gradient, or None.
+        backward: the layer's backward as autograd has it, so that the product for the weight's
+            gradient can be had from the examples' instead of being repeated; see `fused`.
 
     Example:
         >>> class Scale(nn.Module):
@@ -55,7 +64,7 @@ def rule(*kinds: type[nn.Module] | str, refuse: Refuse | None = None) -> Callabl
     """
 
     def register(fn: Rule) -> Rule:
-        _TABLE.update(dict.fromkeys(kinds, _Entry(fn, refuse)))
+        _TABLE.update(dict.fromkeys(kinds, _Entry(fn, refuse, backward)))
         return fn
 
     return register
@@ -63,11 +72,14 @@ def rule(*kinds: type[nn.Module] | str, refuse: Refuse | None = None) -> Callabl
 
 def find_rule(module: nn.Module) -> Rule | None:
     """The rule of `module`'s type, or of the nearest base whose `forward` it still runs."""
-    kind = type(module)
-    for base in kind.__mro__:
-        if (entry := _entry(base)) and _same_forward(kind, base):
-            return entry.rule
-    return None
+    entry = _in_use(type(module))
+    return None if entry is None else entry.rule
+
+
+def find_backward(module: nn.Module) -> Backward | None:
+    """The backward of `module`'s type, found as its rule is."""
+    entry = _in_use(type(module))
+    return None if entry is None else entry.backward
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -84,6 +96,11 @@ def coupling(module: nn.Module) -> str | None:
     return _batch_statistics(module) if batch_norm else None
 
 
+def _in_use(kind: type) -> _Entry | None:
+    entries = ((base, _entry(base)) for base in kind.__mro__)
+    return next((e for base, e in entries if e is not None and _same_forward(kind, base)), None)
+
+
 def _entry(kind: type) -> _Entry | None:
     if kind in _TABLE:
         return _TABLE[kind]
@@ -97,15 +114,33 @@ def _same_forward(kind: type, base: type) -> bool:
     return all(getattr(kind, name, None) is getattr(base, name, None) for name in methods)
 
 
+def _linear_backward(
+    module: Any, x: Tensor, dy: Tensor, weight: Tensor, wanted: Mask
+) -> tuple[Tensor | None, ...]:
+    rows, to_bias = dy.flatten(0, -2), wanted[2]
+    return (
+        dy @ weight.to(dy.dtype) if wanted[0] else None,
+        (x.to(dy.dtype).flatten(0, -2).mT @ rows).mT if wanted[1] else None,
+        rows.sum(0) if to_bias else None,
+    )
+
+
 # Falcon's overrides forward with the same product.
-@rule(nn.Linear, "transformers.models.falcon.*.FalconLinear")
+@rule(nn.Linear, "transformers.models.falcon.*.FalconLinear", backward=_linear_backward)
 def linear(module: nn.Linear, x: Tensor, dy: Tensor) -> Forms:
     """Goodfellow 2015 for [B, I], its sum over positions for any rank."""
     dy, x = _positions(dy), _positions(x)
     return {"weight": Outer(dy, x.to(dy.dtype)), **_bias(module, dy, _to_last(1))}
 
 
-@rule("transformers.pytorch_utils.Conv1D")
+def _conv1d_backward(
+    module: Any, x: Tensor, dy: Tensor, weight: Tensor, wanted: Mask
+) -> tuple[Tensor | None, ...]:
+    dx, dw, db = _linear_backward(module, x, dy, weight.mT, wanted)
+    return dx, None if dw is None else dw.mT, db
+
+
+@rule("transformers.pytorch_utils.Conv1D", backward=_conv1d_backward)
 def hugging_face_conv1d(module: Any, x: Tensor, dy: Tensor) -> Forms:
     """A linear layer with its weight laid out [in, out]; GPT-2's."""
     dy, x = _positions(dy), _positions(x)
@@ -121,24 +156,43 @@ def bilinear(module: nn.Bilinear, x: tuple[Tensor, Tensor], dy: Tensor) -> Forms
     return {"weight": Outer(dy, _positions(pairs), shape), **_bias(module, dy, _to_last(1))}
 
 
-@rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def _conv_backward(
+    module: Any, x: Tensor, dy: Tensor, weight: Tensor, wanted: Mask
+) -> tuple[Tensor | None, ...]:
+    output_padding = list(module.output_padding)
+    padding, geometry = list(module.padding), (list(module.stride), list(module.dilation))
+    return torch.ops.aten.convolution_backward(
+        dy,
+        x.to(dy.dtype),
+        weight.to(dy.dtype),
+        [module.out_channels],
+        geometry[0],
+        padding,
+        geometry[1],
+        module.transposed,
+        output_padding,
+        module.groups,
+        wanted,
+    )
+
+
+@rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, backward=_conv_backward)
 def conv(module: Any, x: Tensor, dy: Tensor) -> Forms:
-    """A linear layer of the patches under the kernel, group by group.
-
-    The patches of the whole batch, kernel-size times the input, live while the norms are taken.
-    """
+    """A linear layer of the patches under the kernel, group by group."""
     _check_rank(module, x, 2 + len(module.kernel_size))
-    zeros = module.padding_mode == "zeros"
-    mode = "constant" if zeros else module.padding_mode
-    patches = _patches(F.pad(x.to(dy.dtype), _padding(module), mode=mode), module)
+    x, padding = x.to(dy.dtype), module.padding
+    if module.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x, padding = (
+            F.pad(x, module._reversed_padding_repeated_twice, mode=mode),
+            (0,) * (dy.ndim - 2),
+        )
     shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
-    return {
-        "weight": Outer(_grouped(dy, module.groups), _grouped(patches, module.groups), shape),
-        **_bias(module, dy, _to_channels),
-    }
+    weight = Convolved(x, dy, shape, module.stride, padding, module.dilation, module.groups)
+    return {"weight": weight, **_bias(module, dy, _to_channels)}
 
 
-@rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+@rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, backward=_conv_backward)
 def conv_transpose(module: Any, x: Tensor, dy: Tensor) -> Forms:
     """The convolution that maps dy to the input's gradient, with input and output exchanged."""
     _check_rank(module, x, 2 + len(module.kernel_size))
@@ -147,13 +201,11 @@ def conv_transpose(module: Any, x: Tensor, dy: Tensor) -> Forms:
     for size, out, k, stride, dilation, pad in zip(*settings, strict=True):
         seen = stride * (size - 1) + dilation * (k - 1) + 1  # the rest is output_padding
         widths = [pad, seen - pad - out, *widths]
-    patches = _patches(F.pad(dy, widths), module)
     shape = (module.in_channels, module.out_channels // module.groups, *module.kernel_size)
-    left = _grouped(x.to(dy.dtype), module.groups)
-    return {
-        "weight": Outer(left, _grouped(patches, module.groups), shape, inputs="left"),
-        **_bias(module, dy, _to_channels),
-    }
+    none = (0,) * (dy.ndim - 2)
+    geometry = module.stride, none, module.dilation, module.groups
+    weight = Convolved(F.pad(dy, widths), x.to(dy.dtype), shape, *geometry, inputs="left")
+    return {"weight": weight, **_bias(module, dy, _to_channels)}
 
 
 def _batch_frequency(module: nn.Embedding | nn.EmbeddingBag) -> str | None:
@@ -287,26 +339,8 @@ def _positions(t: Tensor) -> Tensor:  # [B, ..., d] -> [B, T, d]
     return t[:, None].flatten(1, -2)
 
 
-def _patches(x: Tensor, module: Any) -> Tensor:  # [B, C, *size] -> [B, C * kernel, *positions]
-    n = len(module.kernel_size)
-    for axis, (k, stride, dilation) in enumerate(zip(*_geometry(module), strict=True), start=2):
-        x = x.unfold(axis, dilation * (k - 1) + 1, stride)[..., ::dilation]
-    return x.movedim(tuple(range(-n, 0)), tuple(range(2, 2 + n))).flatten(1, 1 + n)
-
-
-def _grouped(t: Tensor, groups: int) -> Tensor:  # [B, G * d, *positions] -> [B, G, T, d]
-    return t.unflatten(1, (groups, -1)).flatten(3).mT
-
-
 def _geometry(module: Any) -> tuple[tuple[int, ...], ...]:
     return module.kernel_size, module.stride, module.dilation
-
-
-def _padding(module: Any) -> list[int]:
-    # Where `_conv_forward` reads `padding` itself, that may have been changed after construction.
-    if module.padding_mode == "zeros" and not isinstance(module.padding, str):
-        return [width for width in reversed(module.padding) for _ in range(2)]
-    return module._reversed_padding_repeated_twice
 
 
 def _by_running_stats(module: Any, x: Tensor) -> Tensor:

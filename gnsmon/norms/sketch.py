@@ -7,6 +7,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from gnsmon.norms import plans
+from gnsmon.norms.convolved import Convolved
 from gnsmon.norms.forms import Form, Joined, Outer, Shape
 
 SUBSPACE = 8  # directions in which the norm is exact
@@ -66,14 +68,17 @@ class Sketch:
         turned = torch.linalg.qr(matrix.mT @ rows)[0]
         self.subspace.copy_(torch.where(turned.isfinite().all(), turned, self.subspace))
 
-    def pays(self, form: Form) -> bool:
-        """Whether the sketch of `form` takes less time than its exact norms."""
+    def pays(self, form: Form, *, fused: bool = False) -> bool:
+        """Whether the sketch of `form` takes less time than its exact norms.
+
+        `fused`: those may come with the sum of the gradients, which is then made anyway.
+        """
         if isinstance(form, Joined):
             return any(self.pays(part) for part in form.parts)
-        if not isinstance(form, Outer) or form.left.shape[2] == 1:
+        if not isinstance(form, (Outer, Convolved)) or form.positions == 1:
             return False
-        positions, m, n = form.left.shape[2], form.left.shape[3], form.right.shape[3]
-        return self.passes * (m + n) < min(m * n, positions * (m + n))
+        m, n = form.shape[0], prod(form.shape[1:])
+        return self.passes * (m + n) * form.positions < plans.extra_work(form, fusable=fused)
 
     def sq_norms(self, form: Form, *, refine: bool = True) -> tuple[Tensor, Tensor]:
         """Estimates [B] of each example's squared norm, and the variance of their sum.

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gnsmon.norms import links
-from gnsmon.norms.contractions import wider
+from gnsmon.norms import links, plans
+from gnsmon.norms.contractions import wide, wider
 from gnsmon.norms.forms import Form
+from gnsmon.norms.fused import FusedTap, able
 from gnsmon.norms.inputs import Announce, Inert, in_backward, is_transformed, read_batch
 from gnsmon.norms.layout import (
     BATCH_FIRST,
@@ -32,7 +33,7 @@ from gnsmon.norms.replay import (
     refuse_replay,
     replay,
 )
-from gnsmon.norms.rules import coupling, find_rule, refusal
+from gnsmon.norms.rules import coupling, find_backward, find_rule, refusal
 from gnsmon.norms.sketch import SUBSPACE, Sketch
 from gnsmon.norms.ways import WAYS
 
@@ -95,6 +96,9 @@ class LayerTap:
         }
         self.ways: tuple[str, ...] = ()  # that the present step asks of this layer
         self.shared = False  # whether a parameter is used more than once
+        self.backward = find_backward(module) if taps.engine != "hooks" else None
+        # Of inputs of some shape, whether the backward was taken over: see `_takes_over`.
+        self._taken: dict[tuple[Any, ...], bool] = {}
         # A layer of the user's, or cuDNN's LSTM, may save its own output; an alias would hide a
         # change in place.
         self.saves_no_output = rule is not None and type(module).__module__.startswith("torch.nn.")
@@ -142,9 +146,45 @@ class LayerTap:
             layout = replace(layout, call=call)
         if layout is not None and links.possible(self):
             y = links.tapped(self, y, layout, x)
+        elif self._takes_over(x, y, layout):
+            own = module._parameters
+            y = FusedTap.apply(
+                y.detach(), self.probe, self, layout, *x, own["weight"], own.get("bias")
+            )
         else:
             y = _Tap.apply(y, self.probe, self, layout, *x)
         return y if at is None else type(output)((*output[:at], y, *output[at + 1 :]))
+
+    def _takes_over(self, x: tuple[Tensor, ...], y: Tensor, layout: Layout | None) -> bool:
+        """Whether this call's backward is to be ours: once it was for some shapes, always."""
+        if self.backward is None or not able(self, x):
+            return False
+        if torch.compiler.is_compiling():
+            return layout is not None and self._pays(x, y, layout)
+        shapes = x[0].shape, y.shape, y.dtype
+        if shapes not in self._taken:
+            # Known inside a checkpoint only when it is computed again, it would save other tensors.
+            if layout is None or in_backward():
+                return False
+            self._taken[shapes] = self._pays(x, y, layout)
+        return self._taken[shapes]
+
+    def _pays(self, x: tuple[Tensor, ...], y: Tensor, layout: Layout) -> bool:
+        """Whether the exact norms are had fastest by summing the examples' gradients."""
+        if self.shared or not {"exact", "sketch"}.intersection(self.ways):
+            return False
+        with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
+            form = self.forms(x, y.detach(), layout)["weight"]
+            if layout.rows_per_example > 1:
+                form = form.regroup(layout.batch)
+            if self.taps.engine == "fused":
+                return any(plan.fused for plan in form.plans.values())
+            if not torch.compiler.is_compiling():
+                plans.tune(form)
+            sketch = self.sketches.get("weight") if "exact" not in self.ways else None
+            if sketch is not None and sketch.pays(form, fused=True):
+                return False
+            return plans.chosen(form, fusable=True).fused is not None
 
     def _tapped(self, output: Any) -> tuple[int | None, Tensor | None]:
         """The output tensor that is tapped, and where it is among several."""
@@ -280,14 +320,19 @@ class LayerTap:
 
     # What a backward brings.
 
-    def statistics(self, ctx: Any, dy: Tensor, layout: Layout) -> Tensor:
-        """The probe's gradient: see the class."""
+    def statistics(
+        self, ctx: Any, dy: Tensor, layout: Layout, sums: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """The probe's gradient: see the class.
+
+        With `sums`, the gradients of the layer's own parameters that come with it are put there.
+        """
         if torch.compiler.is_compiling():
-            return self._statistics(ctx.saved_tensors, dy, layout)
+            return self._statistics(ctx.saved_tensors, dy, layout, sums)
         task = torch._C._current_graph_task_id()
         self.taps.fired.add((task, layout.serial, layout.batch))
         try:
-            return self._statistics(ctx.saved_tensors, dy, layout)
+            return self._statistics(ctx.saved_tensors, dy, layout, sums)
         except Exception as error:
             if self.taps.strict and self.rule is not None:
                 raise
@@ -295,9 +340,13 @@ class LayerTap:
             self._leave_out(f"{what} failed: {type(error).__name__}: {error}")
             return torch.zeros_like(self.probe)
 
-    def _statistics(self, x: Sequence[Tensor], dy: Tensor, layout: Layout) -> Tensor:
+    def _statistics(
+        self, x: Sequence[Tensor], dy: Tensor, layout: Layout, sums: dict[str, Tensor] | None
+    ) -> Tensor:
         if layout.call is not None:
             return self._replayed(layout.call, x, dy, layout)
+        if sums is not None:
+            return self._vector(self.forms(x[:1], dy, layout), layout, sums)
         return self._vector(self.forms(x, dy, layout), layout)
 
     def forms(self, x: Sequence[Tensor], dy: Tensor, layout: Layout) -> dict[str, Form]:
@@ -329,7 +378,9 @@ class LayerTap:
         rows = layout.batch * layout.rows_per_example
         return next((a for a in (axis, 0) if t.ndim > a and t.shape[a] == rows), None)
 
-    def _vector(self, forms: Mapping[str, Form], layout: Layout) -> Tensor:
+    def _vector(
+        self, forms: Mapping[str, Form], layout: Layout, sums: dict[str, Tensor] | None = None
+    ) -> Tensor:
         if layout.rows_per_example > 1:
             forms = {name: form.regroup(layout.batch) for name, form in forms.items()}
         compiled = torch.compiler.is_compiling()
@@ -339,20 +390,37 @@ class LayerTap:
             self.taps.deferred.append((torch._C._current_graph_task_id(), uses))
         like = self.probe
         mine = {} if deferred else forms
+        known = {} if deferred or sums is None else self._fused(forms, sums)
         pieces = [like.new_full((1,), float(layout.batch))]
         for own in self.owned:
             for name in self.taps.ways:
                 way, asked = WAYS[name], name in self.ways
                 if asked and own in mine:
-                    pieces.append(way.sums(mine[own], self.sketches.get(own)))
+                    pieces.append(way.sums(mine[own], self.sketches.get(own), known.get(own)))
                 else:
                     absent = ABSENT if asked and not deferred else 0.0
                     pieces.append(like.new_full((way.width,), absent))
         for own in self.owned:
-            along = mine[own].sum_along(self.directions[own]) if own in mine else None
-            pieces.append(like.new_zeros(self.rows[own]) if along is None else along)
+            if own not in mine:
+                pieces.append(like.new_zeros(self.rows[own]))
+            elif own in known:
+                pieces.append(wide(sums[own]).flatten(1) @ self.directions[own])
+            else:
+                pieces.append(mine[own].sum_along(self.directions[own]))
         pieces += [like.new_full((1,), float(compiled)), like.new_zeros(len(self.owned))]
         return torch.cat([piece.to(like.dtype) for piece in pieces])
+
+    def _fused(self, forms: Mapping[str, Form], sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The squared norms that come with the sum of the gradients, which goes to `sums`."""
+        if not {"exact", "sketch"}.intersection(self.ways):
+            return {}
+        plan = plans.chosen(forms["weight"], fusable=True)
+        if plan.fused is None:
+            return {}
+        sums["weight"], norms = plan.fused(forms["weight"])
+        if "bias" in forms:
+            sums["bias"] = forms["bias"].sum()
+        return {"weight": norms}
 
 
 class Taps:
@@ -366,6 +434,7 @@ class Taps:
         weigh: gives the weights [B] of the examples from the arguments of the model's forward.
         strict: raise what goes wrong instead of leaving the layer out.
         subspace, probes: see `Sketch`.
+        engine: "auto", "fused" or "hooks": see `MonitorConfig`.
         seed: of the probes' random stream.
     """
 
@@ -379,8 +448,10 @@ class Taps:
         strict: bool = False,
         subspace: int = SUBSPACE,
         probes: int = 1,
+        engine: str = "hooks",
         seed: int = 0,
     ):
+        self.engine = engine
         self.model, self.ways, self.batch_dim = model, tuple(ways), batch_dim
         self._seed = seed
         self.slots = sum(WAYS[way].width for way in ways)

@@ -16,21 +16,23 @@ class Way(NamedTuple):
     """How a form's squared norms are taken, summed over the examples."""
 
     width: int
-    sums: Callable[[Form, Sketch | None], Tensor]  # [width]: the sum and, of two, its variance
+    # (form, its sketch, its exact norms [B] if they are known) -> [width]: the sum and, of two,
+    # its variance
+    sums: Callable[[Form, Sketch | None, Tensor | None], Tensor]
     crossed: bool  # whether two uses of a parameter bring cross terms
 
 
-def _exact(form: Form, sketch: Sketch | None) -> Tensor:
-    return form.sq_norms().sum().reshape(1)
+def _exact(form: Form, sketch: Sketch | None, known: Tensor | None = None) -> Tensor:
+    return (form.sq_norms() if known is None else known).sum().reshape(1)
 
 
-def _sogns(form: Form, sketch: Sketch | None) -> Tensor:
+def _sogns(form: Form, sketch: Sketch | None, known: Tensor | None = None) -> Tensor:
     return form.sogns_sq_norms().sum().reshape(1)
 
 
-def _sketch(form: Form, sketch: Sketch | None) -> Tensor:
-    if sketch is None:  # a parameter too small for one
-        exact = _exact(form, None)
+def _sketch(form: Form, sketch: Sketch | None, known: Tensor | None = None) -> Tensor:
+    if sketch is None or known is not None:  # a parameter too small for one
+        exact = _exact(form, None, known)
         return torch.cat([exact, torch.zeros_like(exact)])
     estimates, variance = sketch.sq_norms(form)
     return torch.stack([estimates.sum().to(variance.dtype), variance])

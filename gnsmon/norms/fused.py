@@ -1,0 +1,84 @@
+"""A tap that takes over its layer's backward, so that no matrix product is done twice."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gnsmon.norms.layout import Layout
+
+if TYPE_CHECKING:
+    from gnsmon.norms.taps import LayerTap
+
+
+class FusedTap(torch.autograd.Function):
+    """The layer's output, whose backward is the layer's own with the statistics on top.
+
+    The weight's gradient is the sum of the examples' gradients, which are squared on the way. What
+    the layer itself had recorded for its backward is dropped with its output's graph: `y` comes
+    detached. A gradient of gradients, and whatever goes wrong, takes the usual products.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        probe: Tensor,
+        tap: LayerTap,
+        layout: Layout | None,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """`y`, which is the layer's output; the others are its arguments."""
+        ctx.save_for_backward(x, weight)
+        ctx.tap, ctx.layout = tap, layout
+        ctx.set_materialize_grads(False)
+        if torch.compiler.is_compiling():
+            return y.clone()
+        # A view would forbid in-place operations on the output, such as ReLU(inplace=True).
+        return torch.ops.aten._unsafe_view(y, y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of forward's arguments."""
+        if dy is None:
+            return (None,) * 7
+        x, weight = ctx.saved_tensors
+        statistics, sums = None, {}
+        if ctx.layout is not None:
+            with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+                statistics = ctx.tap.statistics(ctx, dy, ctx.layout, sums)
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            sums = {}
+        wanted = ctx.needs_input_grad[4:]
+        missing = tuple(
+            need and own not in sums
+            for need, own in zip(wanted, ("input", "weight", "bias"), strict=True)
+        )
+        with torch.autocast(dy.device.type, enabled=False):
+            dx, *usual = ctx.tap.backward(ctx.tap.module, x, dy, weight, missing)
+        given = [sums.get(own, grad) for own, grad in zip(("weight", "bias"), usual, strict=True)]
+        given = [g if need else None for g, need in zip(given, wanted[1:], strict=True)]
+        return None, statistics, None, None, dx, *given
+
+
+def able(tap: LayerTap, x: tuple[Tensor, ...]) -> bool:
+    """Whether the backward of this call is known for sure to be that of the layer's type.
+
+    A hook before ours, or a forward set on the layer itself, may have changed what it computes.
+    """
+    module, own = tap.module, tap.module._parameters
+    if tap.backward is None or len(x) != 1 or own.get("weight") is None:
+        return False
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return False
+    if isinstance(getattr(module, "padding", None), str):
+        return False
+    if "forward" in vars(module) or nn.modules.module._global_forward_hooks:
+        return False
+    first = next(iter(module._forward_hooks.values()), None)
+    plain = all(type(t.data) is Tensor for t in (x[0], own["weight"]))
+    return first is tap and plain and own["weight"].requires_grad and x[0].is_floating_point()
