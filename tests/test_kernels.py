@@ -46,6 +46,16 @@ def test_runs_fill_the_gpu_and_waste_little(batch, m, n, processors):
     assert run == 1 or 2 * runs * tiles >= 4 * processors  # half the aim, lost to rounding
 
 
+def test_only_what_cannot_be_loaded_16_bytes_at_a_time_is_copied():
+    t = torch.randn(3, 5, 32)
+    for fine in (t, t.transpose(0, 1), t[..., 16:], t[:, :1].expand_as(t)):
+        assert kernels._aligned(fine) is fine
+    for other in (t[..., 1:17], t[..., ::2], t[..., :1].expand_as(t), torch.randn(3, 5, 30)):
+        copy, width = kernels._aligned(other), other.shape[2]
+        assert copy.is_contiguous() and copy.shape[2] % 16 == 0
+        assert torch.equal(copy[..., :width], other) and not copy[..., width:].any()
+
+
 def test_no_new_timing_for_a_similar_size():
     assert kernels._bucket(1000, 768, 3072) == kernels._bucket(1024, 600, 4096)
     sizes = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 2**40, 1), (1, 2**41, 1)]
@@ -83,7 +93,7 @@ def test_compiled_kernel_keeps_its_accumulators_in_registers(tmp_path, index, ca
 
     config, kernel = tiles.CONFIGS[index], tiles.outer_tiles.fn
     pointers = {"left": "*bf16", "right": "*bf16", "total": "*fp32", "partial": "*fp32"}
-    constants = {**config.kwargs, "PRECISION": "ieee", "left_m": 1, "right_n": 1}
+    constants = {**config.kwargs, "PRECISION": "ieee"}
     aligned = {*pointers, "m", "n", "left_b", "left_t", "right_b", "right_t"}
     names = kernel.arg_names
     source = ASTSource(

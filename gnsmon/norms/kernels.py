@@ -6,6 +6,7 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 64  # smallest tile of any configuration of the kernel, in either direction
@@ -37,7 +38,8 @@ def outer_sum_and_sq_norms(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]
     long examples make too few tiles to fill the GPU.
 
     Args:
-        left: [B, T, m], float32, bfloat16 or float16, of any strides.
+        left: [B, T, m], float32, bfloat16 or float16, of any strides; copied first where m or a
+            stride is no multiple of 16.
         right: [B, T, n], likewise.
     """
     return _op(left, right)
@@ -54,31 +56,43 @@ def _op(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
     dtype = torch.promote_types(left.dtype, right.dtype)  # under autocast the two may differ
     assert dtype in (torch.float32, torch.bfloat16, torch.float16), dtype
-    left, right = left.to(dtype), right.to(dtype)
-    (batch, positions, m), n = left.shape, right.shape[2]
-    run = _run_length(batch, m, n, _processors(left.device))
-    runs = -(-batch // run)
-    total = left.new_empty(runs, m, n, dtype=torch.float32)
+    m, n = left.shape[2], right.shape[2]
+    left, right = _aligned(left.to(dtype)), _aligned(right.to(dtype))
+    sizes = (*left.shape, right.shape[2])
+    run = _run_length(sizes[0], *sizes[2:], _processors(left.device))
+    runs = -(-sizes[0] // run)
+    total = left.new_empty(runs, *sizes[2:], dtype=torch.float32)
     # Larger tiles than the smallest leave zeros, which add nothing to the sum.
-    partial = left.new_zeros(batch, _tiles(m, n), dtype=torch.float32)
+    partial = left.new_zeros(sizes[0], _tiles(*sizes[2:]), dtype=torch.float32)
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
-        return -(-m // meta["TILE_M"]) * -(-n // meta["TILE_N"]), runs
+        return -(-sizes[2] // meta["TILE_M"]) * -(-sizes[3] // meta["TILE_N"]), runs
 
-    sizes = (batch, positions, m, n)
-    strides = (*left.stride(), *right.stride())
     with torch.cuda.device_of(left):
         outer_tiles[grid](
-            left, right, total, partial, *sizes, *strides, run, partial.stride(0),
-            _bucket(positions, m, n), PRECISION=_precision(),
+            left, right, total, partial, *sizes, *left.stride()[:2], *right.stride()[:2],
+            run, partial.stride(0), _bucket(*sizes[1:]), PRECISION=_precision(),
         )  # fmt: skip
-    return total[0] if runs == 1 else total.sum(0), partial.sum(1)
+    total = total[0] if runs == 1 else total.sum(0)
+    return total[:m, :n].contiguous(), partial.sum(1)
 
 
 @_op.register_fake
 def _(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     total = left.new_empty(left.shape[2], right.shape[2], dtype=torch.float32)
     return total, left.new_empty(left.shape[0], dtype=torch.float32)
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """`t`, or a copy padded with zeros where `t` cannot be loaded 16 bytes at a time.
+
+    Triton knows sizes and strides only as multiples of 16 or not. Numbers loaded one by one would
+    need an address each: 128 x 128 tiles then spill hundreds of bytes a thread.
+    """
+    *outer, inner = t.stride()
+    if inner == 1 and t.data_ptr() % 16 == 0 and not any(k % 16 for k in (*outer, t.shape[2])):
+        return t
+    return F.pad(t, (0, -t.shape[2] % 16)).contiguous()
 
 
 def _tiles(m: int, n: int) -> int:

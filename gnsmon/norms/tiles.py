@@ -1,7 +1,5 @@
 """The Triton kernel behind `kernels`, which alone imports this file: Triton is optional."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -27,13 +25,13 @@ CONFIGS = [
 def outer_tiles(
     left, right, total, partial,
     batch, positions, m, n,
-    left_b, left_t, left_m, right_b, right_t, right_n,
+    left_b, left_t, right_b, right_t,
     run, partial_b, bucket,
     PRECISION: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_T: tl.constexpr,
 ):  # fmt: skip
     """One tile of the gradient, summed over a run of examples, and its share of their norms.
 
-    left [batch, positions, m] and right [batch, positions, n] with the strides given; total
+    left [batch, positions, m] and right [batch, positions, n] with the strides given and 1; total
     [runs, m, n] and partial [batch, at least as many as tiles], zeros, are float32.
     """
     tile, part = tl.program_id(0), tl.program_id(1)
@@ -42,8 +40,8 @@ def outer_tiles(
     j = tile % columns * TILE_N + tl.arange(0, TILE_N)
     t = tl.arange(0, TILE_T)
     # 64 bits: a batch of logits' gradients has more than 2^31 numbers.
-    left_at = left + i.to(tl.int64)[:, None] * left_m + t.to(tl.int64)[None, :] * left_t
-    right_at = right + t.to(tl.int64)[:, None] * right_t + j.to(tl.int64)[None, :] * right_n
+    left_at = left + i[:, None] + t.to(tl.int64)[None, :] * left_t
+    right_at = right + t.to(tl.int64)[:, None] * right_t + j[None, :]
     left_in, right_in = (i < m)[:, None], (j < n)[None, :]
 
     first = part * run
