@@ -60,6 +60,7 @@ def main():
     empty = kernels.outer_sum_and_sq_norms(*factors(4, 0, 8, 5))
     assert not any(t.any() for t in empty)
     trace()
+    tune()
 
 
 def factors(batch, positions, m, n):
@@ -80,6 +81,25 @@ def trace():
             strict=True,
         ):
             assert torch.equal(got, want)
+
+
+def tune():
+    """What other configurations leave behind while they are timed is not in the result."""
+    timed = []
+
+    def time_of_a_run(run, quantiles):
+        run()
+        timed.append(run)
+        return [-len(timed)] * len(quantiles)  # the last and largest tiles win
+
+    tuner = tiles.outer_tiles
+    tuner.configs, tuner._do_bench = tiles.CONFIGS, time_of_a_run
+    for batch, positions in ((2, 40), (5, 40), (3, 60)):  # all in one bucket
+        check(*factors(batch, positions, 70, 130))
+    assert len(timed) == len(tiles.CONFIGS)
+    assert tuner.best_config is tiles.CONFIGS[-1]
+    check(*factors(2, 100, 70, 130))
+    assert len(timed) == 2 * len(tiles.CONFIGS)
 
 
 def dot_of_bfloat16(self, a, b, d, *args, dot=InterpreterBuilder.create_dot):
