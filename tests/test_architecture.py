@@ -54,6 +54,12 @@ def test_imports_go_one_way(room):
                 assert module == "torch.utils.tensorboard", f"{path.name} imports {module}"
 
 
+def test_triton_is_imported_in_one_file_that_only_its_caller_imports():
+    files = {path: set(imports(path)) for path in PACKAGE.rglob("*.py")}
+    assert [p.name for p, names in files.items() if "triton" in names] == ["tiles.py"]
+    assert [p.name for p, names in files.items() if "gnsmon.norms.tiles" in names] == ["kernels.py"]
+
+
 def loaded_after(code):
     """Top-level names of the modules that a fresh interpreter has loaded after `code`."""
     code += "\nimport sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
@@ -69,11 +75,17 @@ OPTIONAL = {
     "wandb",
     "tensorboard",
     "matplotlib",
+    "triton",
 }
 
 
 @pytest.mark.parametrize(
-    "code", ["import gnsmon; gnsmon.attach", "import gnsmon.report, gnsmon.sinks, gnsmon.cli"]
+    "code",
+    [
+        "import gnsmon; gnsmon.attach",
+        "import gnsmon.report, gnsmon.sinks, gnsmon.cli",
+        "from gnsmon.norms import kernels; kernels.available('cpu')",
+    ],
 )
 def test_optional_packages_are_not_loaded(code):
     assert not loaded_after(code) & OPTIONAL
