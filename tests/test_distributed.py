@@ -498,7 +498,7 @@ def own_probes(rank):
     with watch(DDP(model), descent(model), method="sketch", subspace=2) as gns:
         taps = gns._sources[0][0].taps
         mine = [s.probes.tolist() for s in taps.sketches.values()]
-        shared = [d.tolist() for d in taps.directions.values()]
+        shared = [d.signs.tolist() for d in taps.directions.values()]
     everyone = [None, None]
     dist.all_gather_object(everyone, (mine, shared))
     assert everyone[0][0] != everyone[1][0]

@@ -127,6 +127,8 @@ class PerExample:
         of_rows = np.repeat([column[name] for name in rows], list(rows.values()))
         self.columns = Columns(self.names, self.taps.slots, of_rows.astype(np.intp))
         self._sizes = rows
+        ones = {name: d for name, d in self.taps.directions.items() if len(d.signs) == 1}
+        self._signs = {name: float(d.signs[0]) for name, d in ones.items()}
         self._backwards = Backwards(
             model, ended=self._harvest, discarded=self._discard, strict=strict
         )
@@ -199,6 +201,7 @@ class PerExample:
         self._shared: dict[str, Tensor] = {}  # as a probe, of one shared parameter
         self._big: dict[str, Tensor] = {}
         self._along: dict[str, Tensor] = {}
+        self._vectors: dict[str, Tensor] = {}  # gradients with one axis
         self._present: dict[str, int] = {}  # parameter -> rows of .grad before this rank's
         self._backwards.clear()
         self.taps.clear()
@@ -229,16 +232,24 @@ class PerExample:
         self._passes[-1].uses.extend(use for task, use in taps.deferred if task in tasks)
         taps.deferred.clear()
         taps.fired.clear()
-        self._big, self._along, self._present = {}, {}, {}
+        self._big, self._along, self._vectors, self._present = {}, {}, {}, {}
         for name, p in self.model.named_parameters():
             if p.grad is None or not p.requires_grad:
                 continue
             self._present[name] = 0
             if own := held(p.grad, self._ranks):
-                grad, self._present[name] = own
-                self._big[name] = square_sum(grad)
-                if name in taps.directions:
-                    self._along[name] = _along(grad, taps.directions[name])
+                grad, start = own
+                direction = taps.directions.get(name)
+                if direction is None or direction.rows is not None or grad.ndim != 1:
+                    self._big[name] = square_sum(grad)
+                    if direction is not None:
+                        self._present[name], self._along[name] = direction.along(grad, start)
+                else:  # small enough to be sent as it is
+                    self._present[name], self._vectors[name] = start, grad
+        if self._vectors:  # kept, for a later zero_grad may come in place
+            names, grads = self._vectors.keys(), list(self._vectors.values())
+            flat = torch.cat([wide(grad) for grad in grads])
+            self._vectors = dict(zip(names, flat.split([len(g) for g in grads]), strict=True))
 
     def _enter_pass(self, serial: int | None, batch: int | None) -> None:
         """Begin a microbatch, unless this backward is a part of the last one's."""
@@ -271,13 +282,14 @@ class PerExample:
         for name in sorted({name for use in uses for name in use}):
             form = reduce(add, (use[name] for use in uses if name in use))
             asked = {way for tap in self._taps_of[name] for way in tap.ways}
+            direction = self.taps.directions[name]
             pieces = [
                 WAYS[way].sums(form, self.taps.sketches.get(name))
                 if way in asked
-                else self.taps.directions[name].new_zeros(WAYS[way].width)
+                else direction.signs.new_zeros(WAYS[way].width)
                 for way in self.taps.ways
             ]
-            pieces.append(form.sum_along(self.taps.directions[name]))
+            pieces.append(form.sum_along(direction.signs, direction.rows))
             joined = torch.cat([wide(piece) for piece in pieces])
             self._shared[name] = self._shared.get(name, 0) + joined
             self._passes[-1].joined.add(name)
@@ -294,14 +306,18 @@ class PerExample:
         if not self._passes:
             return self._nothing_fired()
         self._settle()
-        layers, shared, big, along, weights, *compiled = to_host(
+        layers, shared, big, along, vectors, weights, *compiled = to_host(
             self._layers,
             self._shared,
             self._big,
             self._along,
+            self._vectors,
             self._weight_sums(),
             *(p.compiled for p in self._passes),
         )
+        for name, vector in vectors.items():
+            big[name] = np.square(vector).sum(keepdims=True)
+            along[name] = vector * self._signs[name]
         whole_sq_norm = sum(float(a[0]) for a in big.values())
         if not np.isfinite(whole_sq_norm):
             return Skipped("nonfinite", "the gradient has infinite or undefined values")
@@ -534,9 +550,3 @@ def _subset_sums(sizes: Sequence[int]) -> set[int]:
     for size in sizes:
         sums |= {s + size for s in sums}
     return sums
-
-
-def _along(gradient: Tensor, direction: Tensor) -> Tensor:
-    dense = gradient.to_dense() if gradient.is_sparse else gradient
-    rows = dense.shape[0] if dense.ndim else 1  # not -1, for there may be no numbers at all
-    return dense.detach().reshape(rows, direction.numel()).to(direction.dtype) @ direction

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gnsmon.estimators.values import Array
-from gnsmon.norms.contractions import wide
+from gnsmon.norms import contractions
 
 # How far parts may be from `.grad`, relative, before a parameter is left out.
 TOLERANCE, TF32_TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-3, 5e-2
@@ -155,7 +155,7 @@ def known_sum(counts: Sequence[int | None]) -> int | None:
 def square_sum(gradient: Tensor) -> Tensor:
     """Sum of the squares."""
     gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return wide(gradient.detach()).square().sum()
+    return contractions.square_sum(gradient.detach())
 
 
 def to_host(*groups: dict[Any, Tensor]) -> list[dict[Any, Array]]:

@@ -49,20 +49,45 @@ def outer_sum_and_sq_norms(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]
     """sum_bt left_bgt (x) right_bgt, [G, m, n], and the squared norms [B] of its examples' terms.
 
     Example by example, so that each gradient is squared and added while it is in cache: the work of
-    the sum alone, and one square-sum of m n numbers an example. Shapes as in `outer_sq_norms`.
+    the sum alone, and one square-sum of m n numbers an example. Shapes as in `outer_sq_norms`; in
+    float32 or wider.
     """
     if left.shape[3] < right.shape[3]:  # the longer side first runs faster (CPU, torch 2.13)
         total, norms = outer_sum_and_sq_norms(right, left)
         return total.mT, norms
-    dtype = wider(left.dtype)
-    total = left.new_zeros(left.shape[1], left.shape[3], right.shape[3], dtype=dtype)
-    gradient = total.new_empty(total.shape, dtype=left.dtype)
+    # A compiled graph would hold the loop unrolled, once more for each number of examples.
+    in_turn = _in_turn_op if torch.compiler.is_compiling() else _in_turn
+    return in_turn(left, right)
+
+
+def _in_turn(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    total = _total(left, right).zero_()
+    gradient = torch.empty_like(total, dtype=left.dtype)
     norms = []
     for x, y in zip(left, right, strict=True):
         torch.bmm(x.mT, y, out=gradient)
-        norms.append(_square_sum(gradient))
+        norms.append(square_sum(gradient))
         total += gradient
     return total, torch.stack(norms)
+
+
+_in_turn_op = torch.library.custom_op(
+    "gnsmon::outer_in_turn",
+    _in_turn,
+    mutates_args=(),
+    schema="(Tensor left, Tensor right) -> (Tensor, Tensor)",
+)
+
+
+@_in_turn_op.register_fake
+def _(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    total = _total(left, right)
+    return total, total.new_empty(left.shape[0])
+
+
+def _total(left: Tensor, right: Tensor) -> Tensor:
+    shape = left.shape[1], left.shape[3], right.shape[3]
+    return left.new_empty(shape, dtype=wider(left.dtype))
 
 
 def row_sq_norms(index: Tensor, value: Tensor) -> Tensor:
@@ -154,12 +179,17 @@ def squares(t: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     return wide(t).square().sum(dim)
 
 
-def _square_sum(t: Tensor) -> Tensor:
-    """The sum of all squares of a contiguous t, a scalar, without a copy of it.
+def square_sum(t: Tensor) -> Tensor:
+    """The sum of all squares, a scalar in float32 or wider.
 
-    A dot product of more than 2^20 float32 numbers on the CPU is off by up to 1e-4.
+    On the CPU by dot products, which need no copy; one of more than 2^20 float32 numbers would be
+    off by up to 1e-4.
     """
-    pieces = [wide(piece) for piece in t.view(-1).split(2**18)]
+    if t.is_cuda or not t.is_contiguous():
+        return wide(t).square().sum()
+    pieces = wide(t).view(-1).split(2**18)
+    if len(pieces) == 1:
+        return torch.dot(pieces[0], pieces[0])
     return torch.stack([torch.dot(piece, piece) for piece in pieces]).sum()
 
 

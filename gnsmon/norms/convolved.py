@@ -101,9 +101,12 @@ class Convolved(Form):
 
     # Projections: convolutions with a few filters.
 
-    def sum_along(self, direction: Tensor) -> Tensor:  # noqa: D102
-        along = self._filtered(direction[:, None])  # [B, G, 1, T]
-        return (wide(self._by_group(self.dy)) @ along.mT).sum(0).flatten()
+    def sum_along(self, direction: Tensor, rows: Tensor | None = None) -> Tensor:  # noqa: D102
+        along, dy = self._filtered(direction[:, None]), self._by_group(self.dy)  # [B, G, 1, T]
+        if rows is not None and self.groups == 1:
+            dy, rows = dy.index_select(2, rows), None
+        every = (wide(dy) @ along.mT).sum(0).flatten()
+        return every if rows is None else every.index_select(0, rows)
 
     def project(self, w: Tensor) -> Tensor:  # noqa: D102
         return (wide(self._by_group(self.dy)) @ self._filtered(w).mT).flatten(1, 2)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from gnsmon.norms import contractions, plans
+from gnsmon.norms import contractions, kernels, plans
 from gnsmon.norms.contractions import per_example, squares, wide
 from gnsmon.norms.plans import Plan
 
@@ -58,10 +58,11 @@ class Form(Protocol):
         """
         ...
 
-    def sum_along(self, direction: Tensor) -> Tensor:
-        """`sum().flatten(1) @ direction` without forming the sum, [shape[0]], float32 or wider.
+    def sum_along(self, direction: Tensor, rows: Tensor | None = None) -> Tensor:
+        """`sum().flatten(1)[rows] @ direction` without forming the sum, float32 or wider.
 
-        `direction` is [prod(shape[1:])]; of a parameter with one axis or none it is [1].
+        `direction` is [prod(shape[1:])]; of a parameter with one axis or none it is [1]. `rows` are
+        indices into shape[0]; all without.
         """
         ...
 
@@ -162,9 +163,11 @@ class Outer(Form):
         left, right = (t.transpose(0, 1).flatten(1, 2) for t in (left, self.right))
         return (left.mT @ right).reshape(self.shape)
 
-    def sum_along(self, direction: Tensor) -> Tensor:  # noqa: D102
-        along = wide(self.right) @ wide(direction)
-        return torch.einsum("bgtm,bgt->gm", wide(self.left), along).flatten()
+    def sum_along(self, direction: Tensor, rows: Tensor | None = None) -> Tensor:  # noqa: D102
+        along, left = wide(self.right) @ wide(direction), self.left
+        if rows is not None and left.shape[1] == 1:
+            left, rows = left.index_select(3, rows), None
+        return _chosen(torch.einsum("bgtm,bgt->gm", wide(left), along).flatten(), rows)
 
     def project(self, w: Tensor) -> Tensor:  # noqa: D102
         along = wide(self.right) @ (w if w.ndim == 2 else w[:, None])
@@ -202,9 +205,21 @@ def _summed_too(form: Outer) -> tuple[Tensor, Tensor]:
     return total.reshape(form.shape), norms
 
 
+def _by_kernel(form: Outer) -> tuple[Tensor, Tensor]:
+    total, norms = kernels.outer_sum_and_sq_norms(form.left[:, 0], form.right[:, 0])
+    return total.reshape(form.shape), norms
+
+
+def _kernel_work(form: Outer) -> float:
+    """A little less than without a kernel, where there is one."""
+    one_group = form.left.shape[1] == 1 and form.left.dtype != torch.float64
+    return 0.95 * form.sum_work if one_group and kernels.available(form.left.device) else inf
+
+
 Outer.plans = {
     "gram": Plan(_gram_work, _by_gram),
     "direct": Plan(lambda form: form.sum_work, _directly, _summed_too),
+    "kernel": Plan(_kernel_work, lambda form: _by_kernel(form)[1], _by_kernel),
 }
 
 
@@ -248,8 +263,9 @@ class Rows(Form):
             value = value * per_example(weights, value)
         return _scattered(self.index, value, self.shape[0]).reshape(self.shape)
 
-    def sum_along(self, direction: Tensor) -> Tensor:  # noqa: D102
-        return _scattered(self.index, wide(self.value) @ wide(direction), self.shape[0])
+    def sum_along(self, direction: Tensor, rows: Tensor | None = None) -> Tensor:  # noqa: D102
+        every = _scattered(self.index, wide(self.value) @ wide(direction), self.shape[0])
+        return _chosen(every, rows)
 
     def project(self, w: Tensor) -> Tensor:  # noqa: D102
         along = wide(self.value) @ w
@@ -294,8 +310,9 @@ class Dense(Form):
         grad = wide(self.grad)
         return (grad if weights is None else grad * per_example(weights, grad)).sum(0)
 
-    def sum_along(self, direction: Tensor) -> Tensor:  # noqa: D102
-        return self.sum().reshape(prod(self.shape[:1]), prod(self.shape[1:])) @ wide(direction)
+    def sum_along(self, direction: Tensor, rows: Tensor | None = None) -> Tensor:  # noqa: D102
+        every = self.sum().reshape(prod(self.shape[:1]), prod(self.shape[1:]))
+        return _chosen(every, rows) @ wide(direction)
 
     def project(self, w: Tensor) -> Tensor:  # noqa: D102
         return self._matrices() @ w
@@ -350,8 +367,8 @@ class Joined(Form):
     def sum(self, weights: Tensor | None = None) -> Tensor:  # noqa: D102
         return sum(part.sum(weights) for part in self.parts)
 
-    def sum_along(self, direction: Tensor) -> Tensor:  # noqa: D102
-        return sum(part.sum_along(direction) for part in self.parts)
+    def sum_along(self, direction: Tensor, rows: Tensor | None = None) -> Tensor:  # noqa: D102
+        return sum(part.sum_along(direction, rows) for part in self.parts)
 
     def project(self, w: Tensor) -> Tensor:  # noqa: D102
         return sum(part.project(w) for part in _merged(self.parts))
@@ -398,6 +415,10 @@ def _merged(parts: tuple[Form, ...]) -> list[Form]:
     if dense:
         merged.append(Dense(torch.stack([wide(p.grad) for p in dense]).sum(0)))
     return merged + [p for p in parts if not isinstance(p, (Outer, Rows, Dense))]
+
+
+def _chosen(t: Tensor, rows: Tensor | None) -> Tensor:
+    return t if rows is None else t.index_select(0, rows)
 
 
 def _regrouped(t: Tensor, batch: int) -> Tensor:  # [N, ...] -> [batch, N / batch, ...]

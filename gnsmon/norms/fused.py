@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,10 @@ from gnsmon.norms.layout import Layout
 
 if TYPE_CHECKING:
     from gnsmon.norms.taps import LayerTap
+
+
+class _Unpacked(NamedTuple):
+    saved_tensors: tuple[Tensor]  # which a checkpoint gives but once
 
 
 class FusedTap(torch.autograd.Function):
@@ -50,7 +54,7 @@ class FusedTap(torch.autograd.Function):
         statistics, sums = None, {}
         if ctx.layout is not None:
             with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-                statistics = ctx.tap.statistics(ctx, dy, ctx.layout, sums)
+                statistics = ctx.tap.statistics(_Unpacked((x,)), dy, ctx.layout, sums)
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             sums = {}
         wanted = ctx.needs_input_grad[4:]
@@ -63,6 +67,19 @@ class FusedTap(torch.autograd.Function):
         given = [sums.get(own, grad) for own, grad in zip(("weight", "bias"), usual, strict=True)]
         given = [g if need else None for g, need in zip(given, wanted[1:], strict=True)]
         return None, statistics, None, None, dx, *given
+
+
+def tapped(
+    tap: LayerTap, y: Tensor, layout: Layout | None, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The layer's output `y` with its backward ours.
+
+    Autocast has computed with copies, which it saved: what they were made of may since change.
+    """
+    x, weight = x.to(y.dtype), weight.to(y.dtype)
+    bias = None if bias is None else bias.to(y.dtype)
+    with torch.autocast(y.device.type, enabled=False):
+        return FusedTap.apply(y.detach(), tap.probe, tap, layout, x, weight, bias)
 
 
 def able(tap: LayerTap, x: tuple[Tensor, ...]) -> bool:

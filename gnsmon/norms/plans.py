@@ -94,12 +94,12 @@ def extra_work(form: Planned, *, fusable: bool = False) -> float:
 
 def _counted(form: Planned, fusable: bool) -> tuple[str, float]:
     """The plan of the least extra work."""
-    best, least = "", inf
+    best, least = next(iter(form.plans)), inf
     for name, plan in form.plans.items():  # min(..., key=...) breaks a graph (torch 2.13)
         extra = plan.work(form)
         if fusable and plan.fused is not None:
             extra -= form.sum_work * (1 - FREE)
-        if not best or extra < least:
+        if extra < least:
             best, least = name, extra
     return best, least
 

@@ -7,16 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gnsmon.norms import links, plans
-from gnsmon.norms.contractions import wide, wider
+from gnsmon.norms import fused, links, plans
+from gnsmon.norms.contractions import wider
+from gnsmon.norms.directions import Direction
 from gnsmon.norms.forms import Form
-from gnsmon.norms.fused import FusedTap, able
 from gnsmon.norms.inputs import Announce, Inert, in_backward, is_transformed, read_batch
 from gnsmon.norms.layout import (
     BATCH_FIRST,
@@ -86,9 +85,8 @@ class LayerTap:
         own = dict(module.named_parameters(recurse=rule is None))
         self.owned = list(own)
         self.names = [taps.canonical[id(p)] for p in own.values()]
-        self.rows = {name: p.shape[0] if p.ndim else 1 for name, p in own.items()}
         # By the layer's own names: a name of the model's would compile each block anew.
-        self.directions = {name: _signs(p, taps.generator) for name, p in own.items()}
+        self.directions = {name: Direction(p, taps.generator) for name, p in own.items()}
         self.sketches = {
             name: taps.sketches[at]
             for name, at in zip(own, self.names, strict=True)
@@ -107,6 +105,7 @@ class LayerTap:
         self.last_call = -1
         self._seen_apart = False  # the batch axis was once of another size than any other
         self._irregular = False  # its last rows had nothing to do with the batch
+        self.rows = {name: direction.count for name, direction in self.directions.items()}
         p = next(iter(own.values()))
         size = 2 + (1 + taps.slots) * len(own) + sum(self.rows.values())
         # A sketch's variance is of fourth powers, which leave the range of float32.
@@ -148,16 +147,14 @@ class LayerTap:
             y = links.tapped(self, y, layout, x)
         elif self._takes_over(x, y, layout):
             own = module._parameters
-            y = FusedTap.apply(
-                y.detach(), self.probe, self, layout, *x, own["weight"], own.get("bias")
-            )
+            y = fused.tapped(self, y, layout, *x, own["weight"], own.get("bias"))
         else:
             y = _Tap.apply(y, self.probe, self, layout, *x)
         return y if at is None else type(output)((*output[:at], y, *output[at + 1 :]))
 
     def _takes_over(self, x: tuple[Tensor, ...], y: Tensor, layout: Layout | None) -> bool:
         """Whether this call's backward is to be ours: once it was for some shapes, always."""
-        if self.backward is None or not able(self, x):
+        if self.backward is None or not fused.able(self, x):
             return False
         if torch.compiler.is_compiling():
             return layout is not None and self._pays(x, y, layout)
@@ -345,9 +342,7 @@ class LayerTap:
     ) -> Tensor:
         if layout.call is not None:
             return self._replayed(layout.call, x, dy, layout)
-        if sums is not None:
-            return self._vector(self.forms(x[:1], dy, layout), layout, sums)
-        return self._vector(self.forms(x, dy, layout), layout)
+        return self._vector(self.forms(x, dy, layout), layout, sums)
 
     def forms(self, x: Sequence[Tensor], dy: Tensor, layout: Layout) -> dict[str, Form]:
         """What the layer's rule gives, by the layer's own names."""
@@ -404,9 +399,10 @@ class LayerTap:
             if own not in mine:
                 pieces.append(like.new_zeros(self.rows[own]))
             elif own in known:
-                pieces.append(wide(sums[own]).flatten(1) @ self.directions[own])
+                pieces.append(self.directions[own].along(sums[own])[1])
             else:
-                pieces.append(mine[own].sum_along(self.directions[own]))
+                direction = self.directions[own]
+                pieces.append(mine[own].sum_along(direction.signs, direction.rows))
         pieces += [like.new_full((1,), float(compiled)), like.new_zeros(len(self.owned))]
         return torch.cat([piece.to(like.dtype) for piece in pieces])
 
@@ -538,6 +534,9 @@ class Taps:
             self.active = measure
         for tap in self.layers:
             tap.ways = ways(tap) if measure else ()
+        if measure:
+            for direction in self.directions.values():
+                direction.draw(self.generator)
         self.draw()
 
     def draw(self) -> None:
@@ -684,9 +683,3 @@ def _tensors(
 @lru_cache
 def _parameter_names(kind: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)
-
-
-def _signs(p: Tensor, generator: torch.Generator) -> Tensor:
-    """Random signs [elements behind the first axis of p]."""
-    bits = torch.randint(0, 2, (prod(p.shape[1:]),), generator=generator)
-    return (2 * bits - 1).to(p.device, wider(p.dtype))
