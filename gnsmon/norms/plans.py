@@ -68,7 +68,7 @@ def tune(form: Planned, *, repeats: int = 3) -> None:
     nothing is timed, lest two runs differ.
     """
     key = _key(form)
-    if key in _timed or form.batch * form.sum_work < SMALL:
+    if key in _timed:
         return
     if torch.are_deterministic_algorithms_enabled():
         return

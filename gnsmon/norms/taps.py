@@ -176,6 +176,8 @@ class LayerTap:
                 form = form.regroup(layout.batch)
             if self.taps.engine == "fused":
                 return any(plan.fused for plan in form.plans.values())
+            if form.batch * form.sum_work < plans.SMALL:
+                return False  # nothing to gain, and the gradients stay bitwise as they are
             if not torch.compiler.is_compiling():
                 plans.tune(form)
             sketch = self.sketches.get("weight") if "exact" not in self.ways else None
