@@ -43,7 +43,7 @@ from gnsmon.collectors.step import (
     StepNorms,
 )
 from gnsmon.config import MonitorConfig, load, parse_half_life
-from gnsmon.estimators import Estimator, GroupReading, NormPair, Raw, Reading, obstacle
+from gnsmon.estimators import Estimator, Groups, NormPair, Reading, obstacle
 from gnsmon.estimators.values import SCHEMA, Array
 from gnsmon.methods import PATIENCE, Method, Outcome, sources
 from gnsmon.sinks import SinkSet, open_sink
@@ -493,27 +493,22 @@ class Monitor:
     def _read(self, method: Method, norms: StepNorms, pair: NormPair, elapsed: float) -> Reading:
         estimator = self._estimators[method.name]
         step = estimator.update(pair, elapsed=elapsed)
-        grad_sq_norm, tr_sigma = estimator.grad_sq_norm, estimator.tr_sigma
         ratios = method.ratios(estimator.ratios(), pair.examples)
-        known = method.approximations(norms, ratios)
-        groups = {
-            group: GroupReading(
-                **vars(ratios[i]),
-                grad_sq_norm=float(grad_sq_norm[i]),
-                tr_sigma=float(tr_sigma[i]),
-                raw=Raw(
-                    big_sq_norm=float(pair.big_sq_norm[i]),
-                    parts_sq_norm=float(pair.parts_sq_norm[i]),
-                    sum_sq_weights=pair.sum_sq_weights,
-                    grad_sq_norm=float(step.grad_sq_norm[i]),
-                    tr_sigma=float(step.tr_sigma[i]),
-                ),
-                approximation=known[i],
-            )
-            for i, group in enumerate(self._groups)
-            if group == TOTAL or tr_sigma[i] or grad_sq_norm[i]
+        s, g = estimator.averages.mean
+        columns: dict[str, Any] = {
+            "grad_sq_norm": g,
+            "tr_sigma": s,
+            "raw": {
+                "big_sq_norm": pair.big_sq_norm,
+                "parts_sq_norm": pair.parts_sq_norm,
+                "sum_sq_weights": np.full_like(g, pair.sum_sq_weights),
+                **vars(step),
+            },
         }
-        total = groups.pop(TOTAL)
+        if (known := method.approximations(norms, ratios)) is not None:
+            columns["approximation"] = known
+        groups = Groups(self._groups, ratios, columns)
+        total = groups[TOTAL]
         reading = Reading(
             step=self.step,
             examples=pair.examples,
@@ -524,7 +519,7 @@ class Monitor:
             coverage=self._coverage(method).fraction,
             overhead=self._clock.overhead,
             skipped=dict(self.skipped),
-            groups=groups,
+            groups=groups.take(_seen(s, g)),
         )
         return replace(reading, suggested_batch_size=self._advise(reading).batch_size)
 
@@ -676,6 +671,12 @@ def _index(names: list[str], group_of: Mapping[str, str]) -> tuple[list[str], ND
     """The groups, the total first, and the position of each parameter's; 0 without a group."""
     groups = [TOTAL, *dict.fromkeys(group_of[name] for name in names if name in group_of)]
     return groups, np.array([groups.index(group_of.get(n, TOTAL)) for n in names], dtype=np.intp)
+
+
+def _seen(s: Array, g: Array) -> slice | NDArray[np.intp]:
+    """The groups with anything in them, without the total."""
+    seen = (s[1:] != 0) | (g[1:] != 0)
+    return slice(1, None) if seen.all() else 1 + np.flatnonzero(seen)
 
 
 def _run_dir(config: MonitorConfig) -> Path:
