@@ -88,8 +88,9 @@ def report(run: Run) -> None:
     from gnsmon.sinks import read_log
 
     console = Console()
-    render(console, summarise(read_log(run)))
-    console.print(Text(f"\n{write_report(run)}", style="dim"), soft_wrap=True)
+    log = read_log(run)
+    render(console, summarise(log))
+    console.print(Text(f"\n{write_report(log)}", style="dim"), soft_wrap=True)
 
 
 @app.command()

@@ -126,7 +126,7 @@ class Reading:
         return {
             "schema": SCHEMA,
             "kind": "reading",
-            **vars(self),
+            **{k: v for k, v in vars(self).items() if k != "groups"},
             "raw": {**vars(self.raw)},
             "skipped": {**self.skipped},
             "approximation": None if known is None else {**vars(known)},
