@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +15,13 @@ from gnsmon.collectors import microbatch, per_example, random_signs
 from gnsmon.collectors.combine import combined
 from gnsmon.collectors.reduction import Ranks
 from gnsmon.collectors.step import Skipped, StepNorms
-from gnsmon.config import MonitorConfig
 from gnsmon.estimators.calibration import PartsCalibration, RatioCalibration, corrected
 from gnsmon.estimators.columns import Ratios
 from gnsmon.estimators.moments import moments, obstacle
 from gnsmon.estimators.values import Approximation, Array, NormPair
+
+if TYPE_CHECKING:
+    from gnsmon.config import MonitorConfig
 
 PATIENCE = 3
 Outcome = StepNorms | Skipped | None

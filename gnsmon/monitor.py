@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from statistics import median
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -42,11 +42,13 @@ from gnsmon.collectors.step import (
     Skipped,
     StepNorms,
 )
-from gnsmon.config import MonitorConfig, load, parse_half_life
 from gnsmon.estimators import Estimator, Groups, NormPair, Reading, obstacle
 from gnsmon.estimators.values import SCHEMA, Array
 from gnsmon.methods import PATIENCE, Method, Outcome, sources
 from gnsmon.sinks import SinkSet, open_sink
+
+if TYPE_CHECKING:  # pydantic, which takes longer to import than all else here, waits for attach
+    from gnsmon.config import MonitorConfig
 
 OVERFLOWS = 10  # in a row after which they are no longer a scaler's search
 TOTAL = ""  # key of the total among the groups
@@ -146,6 +148,8 @@ def attach(
         ValueError: on an unknown setting or an impossible value, naming it; on ranks that do not
             train the same model together.
     """
+    from gnsmon.config import MonitorConfig, load
+
     return Monitor(
         model,
         optimizer,
@@ -209,6 +213,8 @@ class Monitor:
         }
         memory, self._unit = {"decay": config.decay, "window": config.window}, "steps"
         if config.half_life is not None:
+            from gnsmon.config import parse_half_life
+
             memory["half_life"], self._unit = parse_half_life(config.half_life)
         self._estimators = {
             method: Estimator(
@@ -225,6 +231,7 @@ class Monitor:
         self.readings: dict[str, Reading] = {}  # method -> its last reading
         self._first_step = 0
         self._overflows = 0  # in a row
+        self._counted: dict[str, tuple[Any, float]] = {}  # method -> what is measured, its share
         self._told: set[str] = set()  # parameters whose absence was warned of
         self._closed = False
         self._clock = _Clock(config.every)
@@ -516,7 +523,7 @@ class Monitor:
             method=method.name,
             **vars(total),
             n_eff=estimator.n_eff,
-            coverage=self._coverage(method).fraction,
+            coverage=self._fraction(method, norms),
             overhead=self._clock.overhead,
             skipped=dict(self.skipped),
             groups=groups.take(_seen(s, g)),
@@ -561,6 +568,13 @@ class Monitor:
         covered = [name for name in sizes if name not in missing]
         share = sum(sizes[name] for name in covered) / max(sum(sizes.values()), 1)
         return Coverage(covered, missing, share, norms.norm_fraction if norms else None)
+
+    def _fraction(self, method: Method, norms: StepNorms) -> float:
+        """That of `_coverage`, counted anew only when other parameters are measured than before."""
+        measured = norms.missing, (norms.big_sq_norm != 0).tobytes()
+        if method.name not in self._counted or self._counted[method.name][0] != measured:
+            self._counted[method.name] = measured, self._coverage(method).fraction
+        return self._counted[method.name][1]
 
     def _untapped(self, method: Method) -> Mapping[str, str]:
         untapped = {name: c.untapped for c, names in self._sources for name in names}

@@ -20,7 +20,8 @@ WIDE = 0.25  # relative standard error of the mean |G|² from which a ratio coun
 def ratio_interval(averages: Averages, *, level: float = 0.95) -> Ratios:
     """S / |G|² of every group with its interval at `level`, for steps that may be correlated."""
     of_means = averages.sum_sq_weights[..., None] * averages.covariance
-    of_means = of_means * lag_inflation(averages)
+    if averages.n_eff >= MIN_STEPS:  # fewer have no interval, and 4 of them no lag_inflation
+        of_means = of_means * lag_inflation(averages)
     return fieller(averages.mean, of_means, n_eff=averages.n_eff, level=level)
 
 
