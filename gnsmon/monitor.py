@@ -515,7 +515,7 @@ class Monitor:
         if (known := method.approximations(norms, ratios)) is not None:
             columns["approximation"] = known
         groups = Groups(self._groups, ratios, columns)
-        total = groups[TOTAL]
+        total = groups.at(0)
         reading = Reading(
             step=self.step,
             examples=pair.examples,

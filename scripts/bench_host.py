@@ -60,7 +60,7 @@ def read(estimator: Estimator, pair: NormPair, names: list[str], step: int) -> R
         examples=pair.examples,
         tokens=None,
         method="pepgns",
-        **vars(groups[names[0]]),
+        **vars(groups.at(0)),
         n_eff=estimator.n_eff,
         coverage=1.0,
         overhead=None,

@@ -140,7 +140,10 @@ class Groups(Mapping[str, GroupReading]):
         return iter(self.names)
 
     def __getitem__(self, name: str) -> GroupReading:
-        i = self._position[name]
+        return self.at(self._position[name])
+
+    def at(self, i: int) -> GroupReading:
+        """The group at a position."""
         own: dict[str, Any] = _each(self.columns, lambda x: _known(x[i]))
         known = own.get("approximation")
         if known is not None:
