@@ -86,13 +86,14 @@ def write_log(folder: Path, readings: int, losses: int) -> None:
     sink.close()
 
 
-def child(code: str) -> tuple[float, float, str]:
-    """Seconds, peak MB and what was printed, of a process that runs the code."""
+def child(code: str) -> tuple[float, float, float, str]:
+    """Seconds, those of the CPU, peak MB and what was printed, of a process that runs the code."""
     begin = time.perf_counter()
-    code += "\nimport resource, sys\n"
-    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, file=sys.stderr)"
+    code += "\nimport resource, sys; used = resource.getrusage(resource.RUSAGE_SELF)"
+    code += "\nprint(used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return time.perf_counter() - begin, float(done.stderr.split()[-1]), done.stdout
+    cpu, peak = map(float, done.stderr.split()[-2:])
+    return time.perf_counter() - begin, cpu, peak, done.stdout
 
 
 def show(values: list[float], digits: int = 0) -> str:
@@ -112,16 +113,16 @@ def main(
         for n in (5, 50, 500):
             costs = step_costs(n, Path(name), rounds)
             print(f"| {n} groups | " + " | ".join(map(show, costs.values())) + " |")
-    print("\n| `gnsmon report` | s | peak MB | file, MB |\n|---|--:|--:|--:|")
+    print("\n| `gnsmon report` | s | of the CPU | peak MB | file, MB |\n|---|--:|--:|--:|--:|")
     for readings, losses in ((records, 0), (records // 2, records // 2)):
         with tempfile.TemporaryDirectory() as name:
             write_log(Path(name), readings, losses)
             code = f"from gnsmon.cli import app; app(['report', {name!r}], standalone_mode=False)"
             runs = [child(code) for _ in range(3)]
             size = (Path(name) / "gns.jsonl").stat().st_size / 1e6
-        seconds, peak = show([r[0] for r in runs], 1), max(r[1] for r in runs)
-        what = f"{readings:,} readings, {losses:,} losses"
-        print(f"| {what} | {seconds} | {peak:,.0f} | {size:,.0f} |")
+        seconds, cpu = (show([run[i] for run in runs], 1) for i in (0, 1))
+        what, peak = f"{readings:,} readings, {losses:,} losses", max(run[2] for run in runs)
+        print(f"| {what} | {seconds} | {cpu} | {peak:,.0f} | {size:,.0f} |")
     print("\n| start | ms |\n|---|--:|")
     for before, statement in (
         ("", "import torch"),
@@ -130,7 +131,7 @@ def main(
     ):
         code = f"import time; {before}\nt = time.perf_counter(); {statement}\n"
         code += "print(1e3 * (time.perf_counter() - t))"
-        found = [float(child(code)[2]) for _ in range(1 + processes)][1:]  # the first one compiles
+        found = [float(child(code)[3]) for _ in range(1 + processes)][1:]  # the first one compiles
         print(f"| `{statement}` | {show(found, 1)} |")
     code = "from gnsmon.cli import app; app(['report', '--help'], standalone_mode=False)"
     print(f"| `gnsmon report --help` | {show([1e3 * child(code)[0] for _ in range(processes)])} |")

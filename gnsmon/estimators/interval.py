@@ -40,7 +40,7 @@ def lag_inflation(averages: Averages) -> Array:
     lag = np.einsum("xg,xyg,yg->g", z, averages.lag_covariance, z)
     n = averages.n_eff
     rho = (np.divide(lag, now, out=np.full_like(now, -1 / n), where=now > 0) + 1 / n) / (1 - 4 / n)
-    rho = np.clip(rho, -0.5, 0.97)
+    rho = np.minimum(np.maximum(rho, -0.5), 0.97)
     inflation: Array = (1 + rho) / (1 - rho)
     return inflation
 
@@ -105,7 +105,7 @@ def _fieller(mean: Array, variance: Array, z_sq: float) -> Ratios:
     # The positive root, in the form that does not cancel.
     bound = np.where(b > 0, c / (b + root), np.where(a < 0, (b - root) / a, 0.0))
     far = b + np.copysign(root, b)
-    one, other = np.where(far == 0, 0.0, far / a), np.where(far == 0, 0.0, c / far)
+    one, other = far / a, np.where(far == 0, 0.0, c / far)
     low, high = np.maximum(np.minimum(one, other), 0.0), np.maximum(one, other)
     ratio, error = s / g, np.sqrt(v_gg) / g
     corrected = ratio * (1 - np.square(error)) + v_sg / (g * g)
