@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib import metadata
+
         Console().print(f"gnsmon {metadata.version('gnsmon')}", highlight=False)
         raise typer.Exit
 
@@ -88,8 +89,9 @@ def report(run: Run) -> None:
     from gnsmon.sinks import read_log
 
     console = Console()
-    render(console, summarise(read_log(run)))
-    console.print(Text(f"\n{write_report(run)}", style="dim"), soft_wrap=True)
+    log = read_log(run)
+    render(console, summarise(log))
+    console.print(Text(f"\n{write_report(log)}", style="dim"), soft_wrap=True)
 
 
 @app.command()

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gnsmon.collectors import microbatch, per_example, random_signs
 from gnsmon.collectors.combine import combined
 from gnsmon.collectors.reduction import Ranks
 from gnsmon.collectors.step import Skipped, StepNorms
-from gnsmon.config import MonitorConfig
 from gnsmon.estimators.calibration import PartsCalibration, RatioCalibration, corrected
+from gnsmon.estimators.columns import Ratios
 from gnsmon.estimators.moments import moments, obstacle
-from gnsmon.estimators.values import Approximation, Array, NormPair, Ratio
+from gnsmon.estimators.values import Approximation, Array, NormPair
+
+if TYPE_CHECKING:
+    from gnsmon.config import MonitorConfig
 
 PATIENCE = 3
 Outcome = StepNorms | Skipped | None
+FIELDS = tuple(field.name for field in fields(Approximation))
 NO_EXAMPLES = ("coupled examples", "nothing measured")  # reasons why there are none to tell apart
 
 UNLIKE = (
@@ -93,7 +98,7 @@ class Method:
         self.last: StepNorms | None = None
         self.last_step: int | None = None
         self.faults = 0  # in a row
-        self._own: list[bool] = []  # groups that the first source measured, in the present step
+        self._own = np.array(True)  # [n_groups] or []: whether the first source measured the group
         self._parts = PartsCalibration(len(names), by_group) if self.first == "sogns" else None
         self._ratio = RatioCalibration() if self.first == "norm_layers" else None
 
@@ -120,10 +125,11 @@ class Method:
             return combined(first, rest, self._names)
         return rest if isinstance(rest, Skipped) else first
 
-    def _groups_of(self, first: Outcome) -> list[bool]:
+    def _groups_of(self, first: Outcome) -> NDArray[np.bool_]:
+        if not self.rest:
+            return np.array(True)
         gone = first.missing if isinstance(first, StepNorms) else self._names
-        kept = self._by_group(np.array([name not in gone for name in self._names], dtype=float))
-        return [bool(n) or not self.rest for n in kept]
+        return self._by_group(np.array([name not in gone for name in self._names], float)) > 0
 
     def _calibrate(self, own: StepNorms, exact: StepNorms) -> None:
         if self._parts is not None:
@@ -140,61 +146,58 @@ class Method:
             norms.examples,
         )
 
-    def ratios(self, found: Sequence[Ratio], examples: int) -> list[Ratio]:
+    def ratios(self, found: Ratios, examples: int) -> Ratios:
         """The estimators' ratios of all groups, corrected, with what the correction is off by.
 
         An error of the parts' norms moves b_simple by 1 + b_simple / B times itself.
         """
-        if self._ratio is not None and self._ratio.factor is not None:
+        n = len(found)
+        if self._ratio is not None:
+            if (factor := self._ratio.factor) is None:
+                return found
             error = self._ratio.standard_error or 0.0
-            total = corrected(found[0], self._ratio.factor, error, level=self._level)
-            return [total, *found[1:]]
+            return corrected(
+                found, _total_alone(factor, n, 1.0), _total_alone(error, n, 0.0), level=self._level
+            )
         errors = None if self._parts is None else self._parts.standard_error
         if errors is None:
-            return list(found)
-        amplified = [
-            (error or 0.0) * (1 + (ratio.b_simple or ratio.low or 0.0) / examples) * own
-            for ratio, error, own in zip(found, _listed(errors, len(found)), self._own, strict=True)
-        ]
-        return [
-            corrected(ratio, 1.0, error, level=self._level)
-            for ratio, error in zip(found, amplified, strict=True)
-        ]
+            return found
+        b, low = found.b_simple, found.low
+        least = np.where(b > 0, b, np.where(low > 0, low, 0.0))
+        amplified = np.nan_to_num(errors) * (1 + least / examples) * self._own
+        return corrected(found, np.ones(n), amplified, level=self._level)
 
-    def approximations(
-        self, norms: StepNorms, ratios: Sequence[Ratio]
-    ) -> list[Approximation | None]:
-        """How good the norms are, of every group; None where the source is not approximate."""
+    def approximations(self, norms: StepNorms, ratios: Ratios) -> dict[str, Array] | None:
+        """How good the norms are, the fields of `Approximation` by columns, NaN where not known.
+
+        None where the source is not approximate; of groups that are exact all is NaN.
+        """
         n = len(ratios)
         if self._ratio is not None:
             # The norm layers' own norms are exact; the factor is on b_simple, so nothing amplifies.
             of = self._ratio
-            total = Approximation(of.factor, None, of.standard_error, of.steps, None)
-            return [total, *[None] * (n - 1)]
+            known = (of.factor, None, of.standard_error, of.steps, None)
+            return dict(zip(FIELDS, (_total_alone(value, n) for value in known), strict=True))
         if self.first not in ("sogns", "sketch"):
-            return [None] * n
-        factor, spread, error = ([None] * n for _ in range(3))
+            return None
+        factor = spread = error = np.full(n, np.nan)
         steps = 0
         if self._parts is not None and (steps := self._parts.steps):
-            factor = self._parts.group_factors.tolist()
-            spread = _listed(self._parts.spread, n)
-            error = _listed(self._parts.standard_error, n)
+            factor = self._parts.group_factors
+            spread = error if self._parts.spread is None else self._parts.spread
+            judged = self._parts.standard_error
+            error = error if judged is None else judged
         elif norms.parts_variance is not None:
             parts = self._by_group(norms.parts_sq_norm)
-            error = _divided(np.sqrt(self._by_group(norms.parts_variance)), parts)
-            factor = [1.0] * n
-        return [
-            Approximation(
-                factor=factor[i],
-                spread=spread[i],
-                standard_error=error[i],
-                exact_steps=steps,
-                amplification=None if r.b_simple is None else 1 + r.b_simple / norms.examples,
-            )
-            if self._own[i]
-            else None
-            for i, r in enumerate(ratios)
-        ]
+            deviation = np.sqrt(self._by_group(norms.parts_variance))
+            error = np.divide(deviation, parts, out=np.full(n, np.nan), where=parts > 0)
+            factor = np.ones(n)
+        amplification = 1 + ratios.b_simple / norms.examples
+        known = (factor, spread, error, np.full(n, float(steps)), amplification)
+        return {
+            name: np.where(self._own, value, np.nan)
+            for name, value in zip(FIELDS, known, strict=True)
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """The calibration and the last measured step, JSON-able."""
@@ -219,9 +222,8 @@ def _total(norms: StepNorms) -> tuple[float, float]:
     return float(found.tr_sigma[0]), float(found.grad_sq_norm[0])
 
 
-def _divided(a: Array, b: Array) -> list[Any]:
-    return [float(x / y) if y > 0 else None for x, y in zip(a, b, strict=True)]
-
-
-def _listed(values: Array | None, n: int) -> list[Any]:
-    return [None] * n if values is None else [None if x != x else x for x in values.tolist()]
+def _total_alone(value: float | None, n: int, others: float = math.nan) -> Array:
+    """The value for the total, another for the groups, [n]."""
+    values = np.full(n, others)
+    values[0] = math.nan if value is None else value
+    return values

@@ -16,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from statistics import median
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -42,11 +42,13 @@ from gnsmon.collectors.step import (
     Skipped,
     StepNorms,
 )
-from gnsmon.config import MonitorConfig, load, parse_half_life
-from gnsmon.estimators import Estimator, GroupReading, NormPair, Raw, Reading, obstacle
+from gnsmon.estimators import Estimator, Groups, NormPair, Reading, obstacle
 from gnsmon.estimators.values import SCHEMA, Array
 from gnsmon.methods import PATIENCE, Method, Outcome, sources
 from gnsmon.sinks import SinkSet, open_sink
+
+if TYPE_CHECKING:  # pydantic, which takes longer to import than all else here, waits for attach
+    from gnsmon.config import MonitorConfig
 
 OVERFLOWS = 10  # in a row after which they are no longer a scaler's search
 TOTAL = ""  # key of the total among the groups
@@ -146,6 +148,8 @@ def attach(
         ValueError: on an unknown setting or an impossible value, naming it; on ranks that do not
             train the same model together.
     """
+    from gnsmon.config import MonitorConfig, load
+
     return Monitor(
         model,
         optimizer,
@@ -209,6 +213,8 @@ class Monitor:
         }
         memory, self._unit = {"decay": config.decay, "window": config.window}, "steps"
         if config.half_life is not None:
+            from gnsmon.config import parse_half_life
+
             memory["half_life"], self._unit = parse_half_life(config.half_life)
         self._estimators = {
             method: Estimator(
@@ -225,6 +231,7 @@ class Monitor:
         self.readings: dict[str, Reading] = {}  # method -> its last reading
         self._first_step = 0
         self._overflows = 0  # in a row
+        self._counted: dict[str, tuple[Any, float]] = {}  # method -> what is measured, its share
         self._told: set[str] = set()  # parameters whose absence was warned of
         self._closed = False
         self._clock = _Clock(config.every)
@@ -493,27 +500,22 @@ class Monitor:
     def _read(self, method: Method, norms: StepNorms, pair: NormPair, elapsed: float) -> Reading:
         estimator = self._estimators[method.name]
         step = estimator.update(pair, elapsed=elapsed)
-        grad_sq_norm, tr_sigma = estimator.grad_sq_norm, estimator.tr_sigma
         ratios = method.ratios(estimator.ratios(), pair.examples)
-        known = method.approximations(norms, ratios)
-        groups = {
-            group: GroupReading(
-                **vars(ratios[i]),
-                grad_sq_norm=float(grad_sq_norm[i]),
-                tr_sigma=float(tr_sigma[i]),
-                raw=Raw(
-                    big_sq_norm=float(pair.big_sq_norm[i]),
-                    parts_sq_norm=float(pair.parts_sq_norm[i]),
-                    sum_sq_weights=pair.sum_sq_weights,
-                    grad_sq_norm=float(step.grad_sq_norm[i]),
-                    tr_sigma=float(step.tr_sigma[i]),
-                ),
-                approximation=known[i],
-            )
-            for i, group in enumerate(self._groups)
-            if group == TOTAL or tr_sigma[i] or grad_sq_norm[i]
+        s, g = estimator.averages.mean
+        columns: dict[str, Any] = {
+            "grad_sq_norm": g,
+            "tr_sigma": s,
+            "raw": {
+                "big_sq_norm": pair.big_sq_norm,
+                "parts_sq_norm": pair.parts_sq_norm,
+                "sum_sq_weights": np.full_like(g, pair.sum_sq_weights),
+                **vars(step),
+            },
         }
-        total = groups.pop(TOTAL)
+        if (known := method.approximations(norms, ratios)) is not None:
+            columns["approximation"] = known
+        groups = Groups(self._groups, ratios, columns)
+        total = groups.at(0)
         reading = Reading(
             step=self.step,
             examples=pair.examples,
@@ -521,10 +523,10 @@ class Monitor:
             method=method.name,
             **vars(total),
             n_eff=estimator.n_eff,
-            coverage=self._coverage(method).fraction,
+            coverage=self._fraction(method, norms),
             overhead=self._clock.overhead,
             skipped=dict(self.skipped),
-            groups=groups,
+            groups=groups.take(_seen(s, g)),
         )
         return replace(reading, suggested_batch_size=self._advise(reading).batch_size)
 
@@ -566,6 +568,13 @@ class Monitor:
         covered = [name for name in sizes if name not in missing]
         share = sum(sizes[name] for name in covered) / max(sum(sizes.values()), 1)
         return Coverage(covered, missing, share, norms.norm_fraction if norms else None)
+
+    def _fraction(self, method: Method, norms: StepNorms) -> float:
+        """That of `_coverage`, counted anew only when other parameters are measured than before."""
+        measured = norms.missing, (norms.big_sq_norm != 0).tobytes()
+        if method.name not in self._counted or self._counted[method.name][0] != measured:
+            self._counted[method.name] = measured, self._coverage(method).fraction
+        return self._counted[method.name][1]
 
     def _untapped(self, method: Method) -> Mapping[str, str]:
         untapped = {name: c.untapped for c, names in self._sources for name in names}
@@ -676,6 +685,12 @@ def _index(names: list[str], group_of: Mapping[str, str]) -> tuple[list[str], ND
     """The groups, the total first, and the position of each parameter's; 0 without a group."""
     groups = [TOTAL, *dict.fromkeys(group_of[name] for name in names if name in group_of)]
     return groups, np.array([groups.index(group_of.get(n, TOTAL)) for n in names], dtype=np.intp)
+
+
+def _seen(s: Array, g: Array) -> slice | NDArray[np.intp]:
+    """The groups with anything in them, without the total."""
+    seen = (s[1:] != 0) | (g[1:] != 0)
+    return slice(1, None) if seen.all() else 1 + np.flatnonzero(seen)
 
 
 def _run_dir(config: MonitorConfig) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from gnsmon.estimators.values import Array
@@ -52,10 +53,10 @@ def plot_run(
         from matplotlib.ticker import LogLocator, MaxNLocator
     except ImportError as error:
         raise ImportError('a plot needs matplotlib: pip install "gnsmon[report]"') from error
-    if not log.readings:
+    if not len(log.readings):
         raise ValueError(f"{log.path} holds no readings to plot yet: let the run go on")
-    pairs = loss if loss is not None else [(r["step"], r["loss"]) for r in log.losses]
-    losses = np.array(pairs, dtype=float).reshape(-1, 2)
+    own = np.stack([log.losses["step"], log.losses["loss"]], axis=1)
+    losses = own if loss is None else np.array(loss, dtype=float).reshape(-1, 2)
     losses = losses[np.isfinite(losses).all(axis=1)]
     with rc_context(STYLE):
         size = (11.6, 6.4) if len(losses) else (9.6, 5.0)
@@ -90,16 +91,13 @@ def plot_run(
 def _noise(axes: Axes, log: Log) -> list[str]:
     records = _thin(log.of())
     step, value, low, high, batch = (
-        np.array([r[k] for r in records], dtype=float)
-        for k in ("step", "b_simple", "low", "high", "examples")
+        records[k].astype(float) for k in ("step", "b_simple", "low", "high", "examples")
     )
-    status = np.array([r["status"] for r in records])
+    status = records["status"].astype(str)
     known, bound = np.isin(status, ("ok", "wide")), status == "lower_bound"
     main, *names = log.methods
     others = {name: _thin(log.of(name)) for name in names}
-    lines = {
-        name: np.array([r["b_simple"] for r in rs], dtype=float) for name, rs in others.items()
-    }
+    lines = {name: rows["b_simple"] for name, rows in others.items()}
     axes.set_yscale("log")
     bottom, top = _limits([value, batch, *lines.values()], low, high)
     axes.set_ylim(bottom, top)
@@ -135,7 +133,7 @@ def _noise(axes: Axes, log: Log) -> list[str]:
     if (status == "undefined").any():
         notes.append("Gaps: not measurable there.")
     for colour, (name, line) in zip(cycle(OTHERS), lines.items(), strict=False):
-        axes.plot([r["step"] for r in others[name]], line, color=colour, lw=1.1, label=name)
+        axes.plot(others[name]["step"], line, color=colour, lw=1.1, label=name)
     label = f"batch size ({number(batch[-1])})"
     axes.step(step, batch, where="post", color=BATCH, lw=1.4, ls=(0, (5, 3)), label=label)
     axes.set_ylabel("gradient noise scale (examples)")
@@ -147,22 +145,22 @@ def _loss(axes: Axes, losses: Array) -> None:
     width, smooth = _smooth(losses)
     axes.plot(*_thin(losses).T, color=LOSS, lw=0.8, alpha=0.35)
     label = f"mean of {width} losses" if width > 1 else "loss"
-    axes.plot(*_thin(smooth).T, color=LOSS, lw=1.8, label=label)
+    axes.plot(*smooth.T, color=LOSS, lw=1.8, label=label)
     axes.set_ylabel("training loss")
     axes.legend(loc="upper right")
 
 
 def _against_loss(axes: Axes, log: Log, losses: Array) -> None:
     """b_simple with its interval against the smoothed loss, which falls to the right."""
-    records = [r for r in log.of() if r["b_simple"] is not None and r["status"] in ("ok", "wide")]
+    records = log.of()
+    known = np.isin(records["status"].astype(str), ("ok", "wide")) & ~np.isnan(records["b_simple"])
+    records = _thin(records[known])
     axes.set_xlabel("training loss, smoothed")
     axes.set_yscale("log")
     axes.invert_xaxis()
-    if not records:
+    if not len(records):
         return
-    step, value, low, high = (
-        np.array([r[k] for r in records], dtype=float) for k in ("step", "b_simple", "low", "high")
-    )
+    step, value, low, high = (records[k] for k in ("step", "b_simple", "low", "high"))
     _, smooth = _smooth(losses)
     loss = np.interp(step, *smooth.T)
     shown = np.unique(np.linspace(0, len(step) - 1, 30).astype(int))
@@ -173,11 +171,14 @@ def _against_loss(axes: Axes, log: Log, losses: Array) -> None:
 
 
 def _smooth(losses: Array) -> tuple[int, Array]:
-    """Number of losses averaged over, and (step, mean) with the step of the last of each."""
+    """Number of losses averaged over, and (step, mean) with the step of the last of each.
+
+    Means are taken where they are drawn, which for a million losses is one window in hundreds.
+    """
     step, value = losses[np.argsort(losses[:, 0], kind="stable")].T
     width = max(1, len(value) // 50)
-    mean = np.convolve(value, np.ones(width) / width, mode="valid")
-    return width, np.stack([step[width - 1 :], mean], axis=1)
+    mean = _thin(sliding_window_view(value, width)).mean(axis=1)
+    return width, np.stack([_thin(step[width - 1 :]), mean], axis=1)
 
 
 def _limits(lines: list[Array], low: Array, high: Array) -> tuple[float, float]:

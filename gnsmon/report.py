@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from gnsmon.estimators.values import Reading
-from gnsmon.sinks.jsonl import Log, Record, log_file, read_log
+from gnsmon.sinks.jsonl import Log, read_log
 from gnsmon.sinks.wording import approximation, interval, noise_scale, number, verdict
 
 MOST_GROUPS = 12
@@ -86,15 +87,15 @@ def markdown(report: Report, picture: str | None = None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """The path of `report.md`, written with `gns.png` beside the run's log.
+def write_report(run: str | Path | Log) -> Path:
+    """The path of `report.md`, written with `gns.png` beside the log of a run folder, or `run`.
 
     Without matplotlib the page has no picture and says how to get one. Errors as in `read_log` and
     `summarise`.
     """
-    log = read_log(run_dir)
+    log = run if isinstance(run, Log) else read_log(run)
     report = summarise(log)
-    folder = log_file(run_dir).parent
+    folder = log.path.parent
     picture: str | None = "gns.png"
     missing = ""
     try:
@@ -142,14 +143,14 @@ def _trend(log: Log) -> Section:
     records = log.of()
     names = {1: ("so far",), 2: ("start", "end")}.get(len(records), ("start", "middle", "end"))
     parts = np.array_split(np.arange(len(records)), len(names))
-    rows = (_part(n, [records[i] for i in p]) for n, p in zip(names, parts, strict=True))
+    rows = (_part(n, records[p]) for n, p in zip(names, parts, strict=True))
     return Section("Trend", (), (("", "steps", "median noise scale", "measurable"), *rows))
 
 
-def _part(name: str, records: list[Record]) -> tuple[str, ...]:
-    values = [r["b_simple"] for r in records if r["b_simple"] is not None]
-    steps = f"{records[0]['step']:,}-{records[-1]['step']:,}"
-    median = number(float(np.median(values))) if values else "-"
+def _part(name: str, records: NDArray[np.void]) -> tuple[str, ...]:
+    values = records["b_simple"][~np.isnan(records["b_simple"])]
+    steps = f"{records['step'][0]:,}-{records['step'][-1]:,}"
+    median = number(float(np.median(values))) if len(values) else "-"
     return (name, steps, median, f"{len(values) / len(records):.0%}")
 
 

@@ -7,11 +7,20 @@ import numpy as np
 import pytest
 
 from gnsmon.estimators.calibration import PartsCalibration, RatioCalibration, corrected
+from gnsmon.estimators.columns import STATUSES, Ratios
 from gnsmon.estimators.values import Ratio
 
 
 def by_group(values):
     return np.array([values.sum(), values[0], values[1] + values[2]])
+
+
+def corrected_one(ratio, factor, error):
+    numbers = [np.array([x], float) for x in (None, ratio.b_simple, ratio.low, ratio.high)]
+    code = np.array([STATUSES.index(ratio.status)])
+    columns = Ratios(code, np.array([0]), (ratio.reason,), *numbers)
+    (found,) = corrected(columns, np.array([factor]), np.array([error]), level=0.95)
+    return found
 
 
 def noisy(rng, exact, factors, noise):
@@ -141,10 +150,10 @@ def test_the_state_of_another_model_is_refused():
 
 def test_errors_add_in_quadrature_on_the_scale_of_logarithms():
     ratio = Ratio("ok", None, 10.0, 8.0, 12.5)
-    same = corrected(ratio, 1.0, 0.0, level=0.95)
+    same = corrected_one(ratio, 1.0, 0.0)
     assert (same.low, same.high) == pytest.approx((8, 12.5))
-    assert corrected(ratio, 2.0, 0.0, level=0.95).b_simple == 20
-    wider = corrected(ratio, 1.0, 0.1, level=0.95)
+    assert corrected_one(ratio, 2.0, 0.0).b_simple == 20
+    wider = corrected_one(ratio, 1.0, 0.1)
     expected = math.hypot(math.log(1.25), 1.959964 * 0.1)
     assert math.log(wider.high / 10) == pytest.approx(expected)
     assert math.log(10 / wider.low) == pytest.approx(expected)
@@ -160,7 +169,7 @@ def test_errors_add_in_quadrature_on_the_scale_of_logarithms():
     ],
 )
 def test_what_is_not_known_stays_unknown(ratio):
-    found = corrected(ratio, 3.0, 0.2, level=0.95)
+    found = corrected_one(ratio, 3.0, 0.2)
     assert found.status == ratio.status
     for name in ("b_simple", "low", "high"):
         before, after = getattr(ratio, name), getattr(found, name)
@@ -170,5 +179,5 @@ def test_what_is_not_known_stays_unknown(ratio):
         assert found.low < 3 * ratio.low
     if ratio.high:
         assert found.high > 3 * ratio.high
-    extreme = corrected(ratio, 3.0, 1e9, level=0.95)
+    extreme = corrected_one(ratio, 3.0, 1e9)
     assert extreme.high is None or math.isfinite(extreme.high)

@@ -181,6 +181,13 @@ def test_a_constant_series_is_certain():
     assert (unused.status, unused.reason) == ("undefined", "every measured gradient is zero")
 
 
+def test_no_number_of_steps_divides_by_zero():
+    estimator = Estimator(1, window=20)
+    for n in range(12):
+        estimator.update(NormPair(np.array([3.0 + n % 2]), np.array([1.0]), 0.25, 8))
+        assert estimator.ratios()[0].status == ("undefined" if n < 9 else "ok")
+
+
 @pytest.mark.parametrize("correlation", [0.0, 0.5])
 @pytest.mark.parametrize("r", [0.5, 4, 20])
 def test_coverage_of_the_default_interval(measure, r, correlation):

@@ -357,9 +357,10 @@ def test_reading_a_log_says_what_is_wrong(tmp_path):
     path.write_text("not a log\n")
     with pytest.raises(ValueError, match="no readable line"):
         read_log(tmp_path)
-    path.write_text('{"schema": 2, "kind": "header"}\n')
-    with pytest.raises(ValueError, match="schema 1 or older, got 2.*--upgrade"):
-        read_log(tmp_path)
+    for schema, what in ((3, "--upgrade"), (1, "read it with that one, or log the run anew")):
+        path.write_text(f'{{"schema": {schema}, "kind": "header"}}\n')
+        with pytest.raises(ValueError, match=f"expected schema 2, got {schema}.*{what}"):
+            read_log(tmp_path)
 
 
 def test_a_log_of_many_lines_is_read_fast(tmp_path):

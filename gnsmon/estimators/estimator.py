@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from gnsmon.estimators.columns import Ratios
 from gnsmon.estimators.interval import ratio_interval
 from gnsmon.estimators.moments import moments
 from gnsmon.estimators.smoothing import Averages, Ema, Window
-from gnsmon.estimators.values import Array, Moments, NormPair, Ratio
+from gnsmon.estimators.values import Array, Moments, NormPair
 
 
 class Estimator:
@@ -39,6 +40,7 @@ class Estimator:
             decay = 0.99
         self._n_groups, self._unit, self._level = n_groups, unit, level
         self._smoothing: Ema | Window
+        self._averages: Averages | None = None  # of the smoothing, once asked for
         if window is None:
             self._smoothing = Ema(
                 n_groups, decay=decay, half_life=half_life, grad_memory=grad_memory
@@ -60,19 +62,19 @@ class Estimator:
                 f"expected norms of {self._n_groups} groups, got shape {step.grad_sq_norm.shape}"
             )
         self._smoothing.update(step, elapsed=elapsed)
+        self._averages = None
         return step
 
-    def ratios(self) -> list[Ratio]:
+    def ratios(self) -> Ratios:
         """b_simple of every group, with interval, status and reason."""
-        if (averages := self._smoothing.averages()) is None:
-            nothing = Ratio("undefined", "no step measured yet", None, None, None)
-            return [nothing] * self._n_groups
+        if (averages := self._so_far()) is None:
+            return Ratios.undefined(self._n_groups, "no step measured yet")
         return ratio_interval(averages, level=self._level)
 
     @property
     def averages(self) -> Averages:
         """Smoothed moments with their covariances; raises ValueError before the first step."""
-        if (averages := self._smoothing.averages()) is None:
+        if (averages := self._so_far()) is None:
             raise ValueError("no step measured yet: call update(pair) first")
         return averages
 
@@ -89,8 +91,13 @@ class Estimator:
     @property
     def n_eff(self) -> float:
         """Effective number of averaged steps, 0 before the first."""
-        averages = self._smoothing.averages()
+        averages = self._so_far()
         return 0.0 if averages is None else averages.n_eff
+
+    def _so_far(self) -> Averages | None:
+        if self._averages is None:
+            self._averages = self._smoothing.averages()
+        return self._averages
 
     def state_dict(self) -> dict[str, Any]:
         """All state, JSON-able; JSON gives back the same floats."""
@@ -118,3 +125,4 @@ class Estimator:
                     "estimator as the saved one was, or start it afresh"
                 )
         self._smoothing.load_state_dict(state["smoothing"])
+        self._averages = None

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gnsmon.estimators.columns import Ratios
 from gnsmon.estimators.interval import fieller
-from gnsmon.estimators.values import Array, Ratio
+from gnsmon.estimators.values import Array
 
 
 class Jackknife(NamedTuple):
@@ -70,7 +71,7 @@ def block_jackknife(s: Array, g: Array, block: int) -> Jackknife:
     return weighted_jackknife(*_blocks(s, g, block))
 
 
-def block_fieller(s: Array, g: Array, block: int, level: float = 0.95) -> list[Ratio]:
+def block_fieller(s: Array, g: Array, block: int, level: float = 0.95) -> Ratios:
     """Fieller's interval from means over runs of about `block` steps, [n_steps, n_groups].
 
     Ten blocks or more make a reading; they stand in for the effective number of steps.

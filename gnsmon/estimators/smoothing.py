@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ class Averages:
     lag_covariance: Array  # [2, 2, n_groups] of a step with the one before it
     sum_sq_weights: Array  # [2, 2] P_xy = sum_t w^x_t w^y_t of the weights in `mean`
 
-    @property
+    @cached_property
     def n_eff(self) -> float:
         """Effective number of averaged steps, of the longer of the two memories."""
         return 1 / float(self.sum_sq_weights.diagonal().min())

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from gnsmon.estimators.columns import Groups
+
 Array = NDArray[np.float64]
 Status = Literal["ok", "wide", "lower_bound", "undefined"]
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -114,24 +117,37 @@ class Reading:
         """Whether the source is approximate and nothing says by how much."""
         return self.approximation is not None and self.approximation.factor is None
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON-able dict, with the schema version of the log."""
-        from dataclasses import asdict
+    def to_json(self, *, arrays: bool = False) -> dict[str, Any]:
+        """JSON-able dict, with the schema version of the log; the groups by columns.
 
-        return {"schema": SCHEMA, "kind": "reading", **asdict(self)}
+        With `arrays` their columns are numpy arrays, as some writers of JSON can take them.
+        """
+        known = self.approximation
+        return {
+            "schema": SCHEMA,
+            "kind": "reading",
+            **{k: v for k, v in vars(self).items() if k != "groups"},
+            "raw": {**vars(self.raw)},
+            "skipped": {**self.skipped},
+            "approximation": None if known is None else {**vars(known)},
+            "groups": _columns().of(self.groups).to_json(arrays=arrays),
+        }
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Reading:
         """The reading that `to_json` wrote."""
-        values = {k: v for k, v in record.items() if k not in ("schema", "kind", "wall")}
-        groups = {n: GroupReading(**_parsed(group)) for n, group in values["groups"].items()}
-        return cls(**{**_parsed(values), "groups": groups})
+        known = record["approximation"]
+        return cls(
+            **{
+                **{k: v for k, v in record.items() if k not in ("schema", "kind", "wall")},
+                "raw": Raw(**record["raw"]),
+                "approximation": None if known is None else Approximation(**known),
+                "groups": _columns().from_json(record["groups"]),
+            }
+        )
 
 
-def _parsed(values: dict[str, Any]) -> dict[str, Any]:
-    known = values.get("approximation")
-    return {
-        **values,
-        "raw": Raw(**values["raw"]),
-        "approximation": None if known is None else Approximation(**known),
-    }
+def _columns() -> type[Groups]:
+    from gnsmon.estimators.columns import Groups  # which is made of the values here
+
+    return Groups

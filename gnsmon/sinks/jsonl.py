@@ -5,27 +5,40 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Integral, Real
+from operator import itemgetter
 from pathlib import Path
+from sys import intern
 from typing import Any, TextIO
 
 import numpy as np
+import orjson
+from numpy.typing import NDArray
 
 from gnsmon.estimators.values import SCHEMA, Array, Reading
 from gnsmon.sinks.files import open_log
 
 Record = dict[str, Any]
-CHUNK = 1000  # lines parsed in one call
+CHUNK = 10_000  # rows of a table that wait for their place in it
+LONG = 1 << 20  # bytes of the file read at once
+READING = np.dtype(
+    [("step", int), ("examples", int), ("method", object), ("status", object)]
+    + [(name, float) for name in ("b_simple", "low", "high", "grad_sq_norm", "tr_sigma")]
+)
+LINE = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+LOSS = np.dtype([("step", int), ("loss", float)])
 
 
 class Jsonl:
     """Appends one JSON object per line to `path`: headers, readings, losses, advice.
 
-    Every line carries `schema`, `kind`, `step` and `wall` (Unix seconds) and is on disk when the
-    call returns. A number that is not finite is written as null.
+    Every line carries `schema`, `wall` (Unix seconds), `kind` and `step` and is on disk when the
+    call returns. A number that is not finite is written as null. A reading's `groups` are its last
+    field, and by columns: `name`, `status`, `b_simple`, ... are lists in the same order; a group's
+    reason is the text at position `reason` of `reasons`, with the number `about` in its braces.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -42,20 +55,20 @@ class Jsonl:
         self.close()
         self._step = step
         self._file = open_log(self.path, step, _step_of)
-        self._write({"schema": SCHEMA, "kind": "header", "step": step, **header})
+        self._write({"kind": "header", "step": step, **header})
 
     def __call__(self, reading: Reading) -> None:
         """Append the reading."""
         self._step = reading.step
-        self._write(reading.to_json())
+        self._write(reading.to_json(arrays=True))
 
     def loss(self, step: int, value: float) -> None:
         """Append the training loss of one step."""
-        self._write({"schema": SCHEMA, "kind": "loss", "step": step, "loss": value})
+        self._write({"kind": "loss", "step": step, "loss": value})
 
     def advise(self, text: str, suggested: int | None) -> None:
         """Append the advice, at the step of the last reading."""
-        record = {"schema": SCHEMA, "kind": "advice", "step": self._step, "text": text}
+        record = {"kind": "advice", "step": self._step, "text": text}
         self._write({**record, "suggested_batch_size": suggested})
 
     def close(self) -> None:
@@ -67,22 +80,25 @@ class Jsonl:
     def _write(self, record: Record) -> None:
         if self._file is None:
             raise ValueError(f"{self.path} is not open: call start(header, step) first")
-        record = {**record, "wall": round(time.time(), 3)}
-        try:
-            line = json.dumps(record, allow_nan=False, default=_plain)
-        except ValueError:
-            line = json.dumps(_finite(record), allow_nan=False, default=_plain)
-        self._file.write(line + "\n")
+        stamped = {"schema": SCHEMA, "wall": round(time.time(), 3)}
+        # As bytes, past the text layer, which would look through 100 kB of groups for line ends.
+        self._file.buffer.write(_line({**stamped, **record}))
+        self._file.buffer.flush()
 
 
 @dataclass(frozen=True)
 class Log:
-    """A run's log, as plain dicts in the order written."""
+    """A run's log in the order written: the readings' and the losses' numbers as tables.
+
+    A table is a structured array, so that `log.losses["loss"]` is a column and `log.losses[0]` a
+    row; a number that is absent is NaN.
+    """
 
     path: Path
     headers: list[Record]  # one, and one more per resume
-    readings: list[Record]  # every method's, interleaved
-    losses: list[Record] = field(default_factory=list)
+    readings: NDArray[np.void]  # of type READING: every method's, interleaved
+    losses: NDArray[np.void]  # of type LOSS
+    last: dict[str, Record]  # each method's last reading, whole
     advice: list[Record] = field(default_factory=list)
     unreadable: int = 0  # lines torn by a kill or a full disk, left out
 
@@ -99,50 +115,69 @@ class Log:
     @property
     def methods(self) -> list[str]:
         """Methods that have readings, the primary one first."""
-        seen = dict.fromkeys(r["method"] for r in self.readings)
-        declared = [m for m in self.header.get("methods") or [] if m in seen]
-        return list(dict.fromkeys([*declared, *seen]))
+        declared = [m for m in self.header.get("methods") or [] if m in self.last]
+        return list(dict.fromkeys([*declared, *self.last]))
 
-    def of(self, method: str | None = None) -> list[Record]:
+    def of(self, method: str | None = None) -> NDArray[np.void]:
         """Readings of one method; without a name, of the primary one."""
-        method = method or next(iter(self.methods), None)
-        return [r for r in self.readings if r["method"] == method]
+        return self.readings[self.readings["method"] == self._named(method)]
 
     def column(self, *keys: str, method: str | None = None) -> Array:
-        """A number per reading of `method`, NaN where absent: `column("raw", "tr_sigma")`."""
-        return np.array([_at(record, keys) for record in self.of(method)], dtype=float)
+        """A number per reading of `method`, NaN where absent: `column("raw", "tr_sigma")`.
+
+        What is not in the table of `readings` is read from the file.
+        """
+        if len(keys) == 1 and keys[0] in READING.names:
+            return np.array(self.of(method)[keys[0]], dtype=float)
+        method = self._named(method)
+        found = (_at(r, keys) for r in self._whole() if r["method"] == method)
+        return np.array(list(found), dtype=float)
 
     def latest(self, method: str | None = None) -> Reading | None:
         """The last reading of `method`, None before the first."""
-        records = self.of(method)
-        return Reading.from_json(records[-1]) if records else None
+        record = self.last.get(self._named(method) or "")
+        return None if record is None else Reading.from_json(record)
+
+    def _named(self, method: str | None) -> str | None:
+        return method or next(iter(self.methods), None)
+
+    def _whole(self) -> Iterator[Record]:
+        """The readings' records; no more of them than were there when the log was read."""
+        readings = (r for r in map(_parse, _lines(self.path)) if r and r["kind"] == "reading")
+        return islice(readings, len(self.readings))
 
 
 def read_log(path: str | Path) -> Log:
     """The log in a run folder, or in the file `path`.
 
     Lines torn by a kill are counted and left out. FileNotFoundError without a log; ValueError for
-    an empty file, a file that is not a log, or one that a newer gnsmon wrote.
+    an empty file, a file that is not a log, or one that another version of gnsmon wrote.
     """
     path = log_file(path)
-    kinds: dict[str, list[Record]] = {"header": [], "reading": [], "loss": [], "advice": []}
+    readings, losses = _Table(READING), _Table(LOSS)
+    headers: list[Record] = []
+    advice: list[Record] = []
+    last: dict[str, bytes] = {}
     unreadable = 0
-    with path.open(encoding="utf-8", errors="replace") as file:
-        while lines := list(islice(file, CHUNK)):
-            records = _parse(lines)
-            unreadable += len(lines) - len(records)
-            for record in records:
-                if record["schema"] > SCHEMA:
-                    raise ValueError(
-                        f"{path}: expected schema {SCHEMA} or older, got {record['schema']}. "
-                        "A newer gnsmon wrote it: pip install --upgrade gnsmon"
-                    )
-                kinds.setdefault(record["kind"], []).append(record)
-    if not kinds["header"]:
+    for line in _lines(path):
+        record = _parse(_head(line))
+        kind = record and _known(record, path)["kind"]
+        if record is None:
+            unreadable += 1
+        elif kind == "reading":
+            readings.add(record)
+            last[record["method"]] = line
+        elif kind == "loss":
+            losses.add(record)
+        elif kind == "header":
+            headers.append(record)
+        elif kind == "advice":
+            advice.append(record)
+    if not headers:
         what = "no readable line" if unreadable else "an empty file"
         raise ValueError(f"{path}: expected a gns.jsonl with a header line, got {what}")
-    headers, readings, losses, advice = (kinds[k] for k in ("header", "reading", "loss", "advice"))
-    return Log(path, headers, readings, losses, advice, unreadable)
+    whole = {method: orjson.loads(line) for method, line in last.items()}
+    return Log(path, headers, readings.whole(), losses.whole(), whole, advice, unreadable)
 
 
 def log_file(path: str | Path) -> Path:
@@ -158,27 +193,86 @@ def log_file(path: str | Path) -> Path:
     return file
 
 
-def _parse(lines: list[str]) -> list[Record]:
-    try:  # one call for many lines: twice as fast, and their keys share memory
-        records = json.loads(f"[{','.join(lines)}]")
-        whole = len(records) == len(lines)
+def _lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb", buffering=LONG) as file:
+        yield from file
+
+
+def _head(line: bytes) -> bytes:
+    """A reading's line without its groups, which are most of it and end it.
+
+    All of a line that is torn, or that is two of which the first is torn.
+    """
+    end = line.find(b',"groups":{"name":')
+    whole = end > 0 and line.endswith(b"}}\n") and line.find(b'"schema":', end) < 0
+    return line[:end] + b"}" if whole else line
+
+
+def _parse(line: bytes | str) -> Record | None:
+    try:
+        record = orjson.loads(line)
     except ValueError:
-        whole = False
-    if not whole:
-        if len(lines) == 1:
-            return []
-        return [record for line in lines for record in _parse([line])]
-    return [r for r in records if isinstance(r, dict) and "kind" in r and "schema" in r]
+        return None
+    return record if isinstance(record, dict) and "kind" in record and "schema" in record else None
+
+
+def _known(record: Record, path: Path) -> Record:
+    """The record; ValueError where it is of another schema."""
+    if (schema := record["schema"]) == SCHEMA:
+        return record
+    remedy = (
+        "A newer gnsmon wrote it: pip install --upgrade gnsmon"
+        if schema > SCHEMA
+        else "An older gnsmon wrote it: read it with that one, or log the run anew"
+    )
+    raise ValueError(f"{path}: expected schema {SCHEMA}, got {schema}. {remedy}")
 
 
 def _step_of(line: str) -> int | None:
-    return next((record.get("step") for record in _parse([line])), None)
+    return (_parse(line) or {}).get("step")
 
 
 def _at(record: Any, keys: Sequence[str]) -> Any:
+    if keys[0] == "groups" and (group := keys[1]) in (groups := record["groups"])["name"]:
+        column = _at(groups, keys[2:])
+        return column and column[groups["name"].index(group)]
     for key in keys:
         record = (record or {}).get(key)
     return record
+
+
+class _Table:
+    """Collects some fields of many records; a row takes what its numbers do."""
+
+    def __init__(self, dtype: np.dtype[np.void]) -> None:
+        self._dtype, self._fields = dtype, itemgetter(*(dtype.names or ()))
+        self._texts = [name for name in dtype.names or () if dtype[name].hasobject]
+        self._rows: list[tuple[Any, ...]] = []
+        self._chunks: list[NDArray[np.void]] = []
+
+    def add(self, record: Record) -> None:
+        self._rows.append(self._fields(record))
+        if len(self._rows) == CHUNK:
+            self._pack()
+
+    def whole(self) -> NDArray[np.void]:
+        self._pack()
+        return np.concatenate(self._chunks)
+
+    def _pack(self) -> None:
+        chunk = np.array(self._rows, dtype=self._dtype)
+        for name in self._texts:  # one object for all that are equal
+            chunk[name] = [intern(text) for text in chunk[name]]
+        self._chunks.append(chunk)
+        self._rows = []
+
+
+def _line(record: Record) -> bytes:
+    try:
+        return orjson.dumps(record, default=_plain, option=LINE)
+    except TypeError:  # what orjson does not take: keys that are no text, integers above 64 bits
+        text = json.dumps(_finite(record), allow_nan=False, default=_plain)
+        return text.encode() + b"\n"
 
 
 def _plain(value: object) -> object:
@@ -188,6 +282,10 @@ def _plain(value: object) -> object:
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, str):  # half of a character pair is no text
+        return value.encode(errors="replace").decode()
     if isinstance(value, Mapping):
         return {key: _finite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from gnsmon.estimators.values import Reading
+from gnsmon.estimators import Groups, Reading
 
 
 def prefix(method: str, primary: str) -> str:
@@ -14,6 +14,8 @@ def prefix(method: str, primary: str) -> str:
 
 def scalars(reading: Reading, prefix: str = "gns") -> dict[str, float]:
     """Key -> value for every number that the reading has; what is absent is left out."""
+    groups = Groups.of(reading.groups)
+    of_groups = zip(groups.names, groups.ratios.b_simple.tolist(), strict=True)
     values = {
         "b_simple": reading.b_simple,
         "b_simple_low": reading.low,
@@ -26,7 +28,7 @@ def scalars(reading: Reading, prefix: str = "gns") -> dict[str, float]:
         "overhead": reading.overhead,
         **_approximation(reading),
         "skipped_steps": sum(reading.skipped.values()),
-        **{f"layer/{name}/b_simple": group.b_simple for name, group in reading.groups.items()},
+        **{f"layer/{name}/b_simple": b_simple for name, b_simple in of_groups},
     }
     return {
         f"{prefix}/{key}": value
