@@ -278,4 +278,6 @@ class Paced:
         """Steps of the lap that begins."""
         if self._place < 2:
             return (SHORT, LONG)[self._place]
-        return max(round((self._interval or FIRST) * (1 + self._debt / SPREAD)), 1)
+        if self._interval is None:
+            return FIRST
+        return max(round(self._interval * (1 + self._debt / SPREAD)), 1)

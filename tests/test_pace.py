@@ -122,9 +122,9 @@ def test_another_speed_makes_another_plan(bare, extra):
 def test_another_batch_makes_another_plan():
     """Steps that are little slower, so that their time alone would not tell."""
     run = Run(0.2).train(4000)
-    run.bare, run.extra, run.examples = 1.2, 0.9, 64
-    run.train(600)
-    assert run.pace.interval == pytest.approx(99 * 0.9 / 1.2, rel=0.3)
+    run.bare, run.extra, run.examples = 1.15, 0.45, 64
+    run.train(300)
+    assert run.pace.interval == pytest.approx(99 * 0.45 / 1.15, rel=0.3)
 
 
 def test_a_short_last_batch_of_each_epoch_is_no_other_batch():
