@@ -53,7 +53,8 @@ class MonitorConfig(BaseModel):
     """Measure one optimizer step in this many; "auto": as many as `overhead` pays for.
 
     That is found out while training, and again when the batch or the speed of the model changes.
-    The first sixty steps or so, from which the cost is learnt, have fifteen measured ones.
+    The first sixty steps or so, from which the cost is learnt, have fifteen measured ones. Which
+    steps are measured depends on how long they take, so that a second run may measure others.
     """
     overhead: float = Field(0.01, gt=0, lt=1)
     """Share of the training time that measuring may take, with every="auto" only."""

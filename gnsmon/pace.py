@@ -20,7 +20,7 @@ LATELY = 20  # laps whose share of the time is told
 SPREAD = 20  # laps over which measurements made ahead of the plan are saved again
 KEEP = 1.15  # an interval within this factor of the one wanted stays
 ODD = 1.4  # factor by which a lap must be longer or shorter than expected to stand out
-IN_A_ROW = 3  # laps that stand out in the same way: no longer a pause, but a change
+IN_A_ROW = 3  # laps, a pair the last, that stand out likewise: no longer a pause, but a change
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,8 @@ class Paced:
     than the median of `extra`: what is not known well costs measurements, not time.
 
     Measurements in excess of the plan (the first ones, those of pairs) are a debt, for which later
-    laps are longer. Three laps in a row that are all much longer, or all much shorter, than the
-    cost says, or that all have the same other batch, are a change, and the pairs before it count
-    no more.
+    laps are longer. A lap that is much longer or shorter than the cost says, or has another batch,
+    has a pair after it at once; if the pair stands out likewise, the pairs before it count no more.
 
     Several ranks have the same plan if they record the same.
 
