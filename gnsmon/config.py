@@ -56,8 +56,15 @@ class MonitorConfig(BaseModel):
     repeated; the gradients are autograd's to rounding. "hooks" leaves them bitwise as they are.
     "auto" times what there is, once for each layer and shape, and takes the fastest.
     """
-    every: int = Field(10, ge=1)
-    """Measure one optimizer step in this many."""
+    every: int | Literal["auto"] = "auto"
+    """Measure one optimizer step in this many; "auto": as many as `overhead` pays for.
+
+    That is found out while training, and again when the batch or the speed of the model changes.
+    The first sixty steps or so, from which the cost is learnt, have fifteen measured ones. Which
+    steps are measured depends on how long they take, so that a second run may measure others.
+    """
+    overhead: float = Field(0.01, gt=0, lt=1)
+    """Share of the training time that measuring may take, with every="auto" only."""
     decay: float | None = Field(None, gt=0, lt=1)
     """Weight kept by the averages at each measured step; 0.99 unless half_life or window is set."""
     half_life: str | None = None
@@ -96,6 +103,13 @@ class MonitorConfig(BaseModel):
                 )
         return value
 
+    @field_validator("every", mode="before")
+    @classmethod
+    def _every(cls, value: Any) -> Any:
+        if value == "auto" or isinstance(value, int) and value >= 1:
+            return value
+        raise ValueError(f'expected "auto" or a number of steps, 1 or more; got {value!r}')
+
     @field_validator("sinks", mode="before")
     @classmethod
     def _sinks(cls, value: Any) -> Any:
@@ -114,6 +128,10 @@ class MonitorConfig(BaseModel):
         memories = [k for k in ("decay", "half_life", "window") if getattr(self, k) is not None]
         if len(memories) > 1:
             raise ValueError(f"{' and '.join(memories)} are set; the averages take one of them")
+        if "overhead" in self.model_fields_set and self.every != "auto":
+            raise ValueError(
+                f'overhead is for every="auto", and every is {self.every}; give one of them'
+            )
         if len(set(self.method)) < len(self.method):
             raise ValueError(f"method names a source twice: {self.method}")
         if self.calibrate_every and not any(m.partition("+")[0] in CALIBRATED for m in self.method):

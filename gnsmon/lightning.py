@@ -34,7 +34,7 @@ SEVERAL_LOSSES = (
 class GNSCallback(pl.Callback):
     """Measures a fit; nothing else in it changes.
 
-        callback = GNSCallback(every=10)
+        callback = GNSCallback()
         trainer = Trainer(callbacks=[callback])
         trainer.fit(model, data)
         print(callback.advice())

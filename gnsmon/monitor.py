@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import platform
-import time
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from statistics import median
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -45,6 +43,7 @@ from gnsmon.collectors.step import (
 from gnsmon.estimators import Estimator, Groups, NormPair, Reading, obstacle
 from gnsmon.estimators.values import SCHEMA, Array
 from gnsmon.methods import PATIENCE, Method, Outcome, sources
+from gnsmon.pace import Fixed, Paced
 from gnsmon.sinks import SinkSet, open_sink
 
 if TYPE_CHECKING:  # pydantic, which takes longer to import than all else here, waits for attach
@@ -234,7 +233,7 @@ class Monitor:
         self._counted: dict[str, tuple[Any, float]] = {}  # method -> what is measured, its share
         self._told: set[str] = set()  # parameters whose absence was warned of
         self._closed = False
-        self._clock = _Clock(config.every)
+        self._clock = self._paced()
         writes = self._ranks.rank == 0
         self.run_dir = _run_dir(config) if writes else None  # None on a rank that writes nothing
         # A mistake in a name is to be found on all ranks, or the others would wait in vain.
@@ -346,6 +345,7 @@ class Monitor:
             "groups": self._groups,
             "skipped": dict(self.skipped),
             "estimators": {m: e.state_dict() for m, e in self._estimators.items()},
+            "pace": self._clock.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -373,6 +373,7 @@ class Monitor:
         for name, method in self._methods.items():
             method.load_state_dict(state["methods"][name])
         self.skipped = Counter(state["skipped"])
+        self._clock = self._paced(state.get("pace"))
         self._arm()
 
     def close(self) -> None:
@@ -437,13 +438,36 @@ class Monitor:
                 share = self._guarded(collector.share)
                 shares[i] = share and (refused or share)
         finally:  # the other ranks wait for this one, whatever has gone wrong here
-            if self._ranks.size > 1 and measured:
-                local = [(shares[i], collectors[i].columns) for i in measured]
-                device = next(self.model.parameters()).device
-                of_all = over_ranks(local, self._ranks, device=device)
-                for i, share in zip(measured, of_all, strict=True):
-                    shares[i] = share
+            if measured:
+                seconds = self._clock.lap(self.step)
+                if self._ranks.size > 1:
+                    local = [(shares[i], collectors[i].columns) for i in measured]
+                    device = next(self.model.parameters()).device
+                    of_all, seconds = over_ranks(local, seconds, self._ranks, device=device)
+                    for i, share in zip(measured, of_all, strict=True):
+                        shares[i] = share
+                self._record(seconds, shares)
         return shares
+
+    def _record(self, seconds: float, shares: Sequence[Share | Skipped | None]) -> None:
+        """Plan the next measured step by what is the same on all ranks."""
+        known = [share.examples for share in shares if isinstance(share, Share)]
+        before = self._clock.interval
+        self._clock.record(self.step, seconds, known[0] if known else None)
+        interval, cost = self._clock.interval, self._clock.cost
+        if interval != before and interval and cost and self._ranks.rank == 0:
+            logging.getLogger("gnsmon").info(
+                "step %d: from now on one step in %.3g is measured, which takes %.0f %% longer",
+                self.step,
+                interval,
+                100 * cost.extra / cost.bare,
+            )
+
+    def _paced(self, state: Mapping[str, Any] | None = None) -> Fixed | Paced:
+        """What tells the steps to measure, from `self.step` on."""
+        if self.config.every == "auto":
+            return Paced(self.config.overhead, state=state, step=self.step)
+        return Fixed(self.config.every, timed=lambda: _on_host(self.model))
 
     def _refusal(self) -> str | None:
         return refusal(self.model, self._ranks) if self._ranks.size > 1 else None
@@ -467,8 +491,8 @@ class Monitor:
     def _arm(self) -> None:
         """Ask the sources for the next step, if it is one of those measured."""
         used = {n for m in self._methods.values() if not m.off for n in (m.first, m.rest)}
-        due, rare = self.step % self.config.every == 0, self.config.calibrate_every
-        exact = due and rare is not None and self.step % (self.config.every * rare) == 0
+        due, rare = self._clock.due(self.step), self.config.calibrate_every
+        exact = due and rare is not None and self._clock.ordinal(self.step) % rare == 0
         for collector, names in self._sources:
             collector.arm(due and not used.isdisjoint(names), exact=exact)
 
@@ -637,6 +661,7 @@ class Monitor:
             "optimizer": [type(o).__name__ for o in self._optimizers],
             "methods": list(self.config.method),
             "every": self.config.every,
+            "overhead": self.config.overhead if self.config.every == "auto" else None,
             "calibrate_every": self.config.calibrate_every,
             "decay": self.config.decay,
             "half_life": self.config.half_life,
@@ -656,29 +681,9 @@ class Monitor:
         }
 
 
-class _Clock:
-    """Tells what share of the training time measuring takes, where some steps are not measured."""
-
-    def __init__(self, every: int):
-        self._every = every
-        self._seconds: dict[bool, deque[float]] = {m: deque(maxlen=64) for m in (True, False)}
-        self._last: float | None = None
-
-    def tick(self, measured: bool) -> None:
-        """A step has ended."""
-        now = time.perf_counter()
-        if self._last is not None:
-            self._seconds[measured].append(now - self._last)
-        self._last = now
-
-    @property
-    def overhead(self) -> float | None:
-        """Share of the time spent on measuring; None until a few steps of both kinds are seen."""
-        if min(map(len, self._seconds.values())) < 3:
-            return None
-        bare = median(self._seconds[False])
-        extra = median(self._seconds[True]) - bare
-        return extra / (self._every * bare + extra)
+def _on_host(model: nn.Module) -> bool:
+    """Whether its steps have ended when their calls return."""
+    return all(p.device.type == "cpu" for p in model.parameters())
 
 
 def _index(names: list[str], group_of: Mapping[str, str]) -> tuple[list[str], NDArray[np.intp]]:

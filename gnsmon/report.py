@@ -43,9 +43,11 @@ def summarise(log: Log) -> Report:
     """What the log says; ValueError before its first reading."""
     reading = log.latest()
     if reading is None:
+        every = log.header.get("every", 10)
+        expected = "in some" if every == "auto" else f"every {every}"
         raise ValueError(
-            f"{log.path} has a header and no reading yet: expected one every "
-            f"{log.header.get('every', 10)} optimizer steps, let the run go on"
+            f"{log.path} has a header and no reading yet: expected one {expected} optimizer steps, "
+            "let the run go on"
         )
     sections = (
         _run(log),
@@ -125,13 +127,21 @@ def _now(log: Log, reading: Reading) -> Section:
         lines.append(f"Status {reading.status}: {reading.reason}.")
     if reading.suggested_batch_size:
         lines.append(f"Suggested batch size: {reading.suggested_batch_size:,}.")
-    lines.append(f"Averaged over about {reading.n_eff:.0f} measured steps.")
+    lines.append(f"Averaged over about {reading.n_eff:.0f} measured steps{_spacing(log)}.")
     if reading.overhead is not None:
         lines.append(f"Cost of measuring: {reading.overhead:.1%} of the training time.")
     if known := approximation(reading):
         lines.append(f"Its source is approximate: {known}.")
     lines += [_by(r, log.level) for r in map(log.latest, log.methods[1:]) if r]
     return Section("Now", tuple(lines))
+
+
+def _spacing(log: Log) -> str:
+    """How many steps lie between the last twenty readings, on average."""
+    steps = [record["step"] for record in log.of()[-21:]]
+    if len(steps) < 2:
+        return ""
+    return f", of late one step in {number((steps[-1] - steps[0]) / (len(steps) - 1))}"
 
 
 def _by(reading: Reading, level: float) -> str:

@@ -14,17 +14,18 @@ MAY_IMPORT = {
     "norms": set(),
     "advice": {"estimators"},
     "config": set(),
+    "pace": set(),
     "sinks": {"estimators", "plots"},
     "plots": {"estimators", "sinks"},
     "report": {"estimators", "sinks", "plots", "advice"},
     "collectors": {"norms", "estimators"},
     "methods": {"collectors", "estimators", "config"},
-    "monitor": {"collectors", "estimators", "sinks", "advice", "config", "methods"},
+    "monitor": {"collectors", "estimators", "sinks", "advice", "config", "methods", "pace"},
     "lightning": {"monitor", "config", "sinks", "advice", "estimators"},
     "checking": {"collectors", "estimators", "norms"},
     "hf": {"monitor", "config", "sinks", "norms", "advice"},
 }
-WITHOUT_TORCH = {"estimators", "advice", "config", "sinks", "plots", "report"}
+WITHOUT_TORCH = {"estimators", "advice", "config", "pace", "sinks", "plots", "report"}
 
 
 def imports(path):

@@ -20,7 +20,13 @@ def test_the_documented_file_holds_the_defaults():
     [
         ({"evry": 3}, "unknown setting 'evry'; did you mean 'every'?"),
         ({"zzzzzz": 3}, "unknown setting 'zzzzzz'; known: method, calibrate_every"),
-        ({"every": 0}, "every: Input should be greater than or equal to 1, got 0"),
+        ({"every": 0}, 'every: expected "auto" or a number of steps, 1 or more; got 0'),
+        (
+            {"every": "often"},
+            "every: expected \"auto\" or a number of steps, 1 or more; got 'often'",
+        ),
+        ({"overhead": 1.0}, "overhead: Input should be less than 1, got 1.0"),
+        ({"every": 5, "overhead": 0.1}, 'overhead is for every="auto", and every is 5'),
         ({"decay": 1.0}, "decay: Input should be less than 1, got 1.0"),
         ({"method": "pepgn"}, "expected one of pepgns, sketch, sogns, norm_layers, microbatch"),
         (

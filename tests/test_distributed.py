@@ -323,6 +323,51 @@ def test_one_sum_a_measured_step_for_all_sources(processes, kind):
     processes(counted, kind)
 
 
+def paced(rank, where):
+    """Clocks that differ, a step that one rank cannot measure, another batch; one sum each."""
+    calls, all_reduce = [], dist.all_reduce
+
+    def counting(tensor, *args, **kwargs):
+        calls.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    generator, now = torch.Generator().manual_seed(rank), [0.0]
+    model = tiny()
+    wrapped, opt = DDP(model), descent(model)
+    measured = []
+    with (
+        warnings.catch_warnings(),
+        pytest.MonkeyPatch.context() as patch,
+        watch(wrapped, opt, every="auto", overhead=0.05, strict=False) as gns,
+    ):
+        warnings.simplefilter("ignore", RuntimeWarning)
+        gns._clock._clock = lambda: now[0]
+        patch.setattr(dist, "all_reduce", counting)
+        for step in range(300):
+            due = gns._sources[0][0].wanted
+            jitter = float(torch.rand((), generator=generator))
+            now[0] += (1 + 2 * rank) * (1 + 0.5 * due + 0.1 * jitter)
+            own = batches([[2], [2]] if step < 150 else [[3], [2]])[rank][0]
+            loss = broken(gns, own) if due and (rank, len(measured)) == (where, 3) else loss_of
+            measured += [step] * due
+            opt.zero_grad()
+            loss(wrapped, own).backward()
+            opt.step()
+            assert len(calls) == len(measured)
+        assert gns.skipped == {"fault": 1}
+        assert gns.reading.step == measured[-1]
+        assert 15 + 240 / 15 < len(measured) < 15 + 240 / 7
+        agree(gns)  # the plan among all else
+    everyone = [None, None]
+    dist.all_gather_object(everyone, measured)
+    assert everyone[0] == everyone[1]
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_all_ranks_measure_the_same_steps_whatever_their_clocks_say(processes, where):
+    processes(paced, where)
+
+
 def bypassed(model, gns):
     """A weight used behind its layer's back, on this rank alone."""
     return lambda m, micro: loss_of(m, micro) + 0.1 * model.up.weight.square().sum()

@@ -799,6 +799,86 @@ def test_only_measured_steps_cost_anything():
         assert "_TapBackward" not in names
 
 
+def paced(gns, now, extra):
+    """A loop whose steps take a second, and measured ones `extra` more."""
+    gns._clock._clock = lambda: now[0]
+
+    def take_step(model, optimizer, batch):
+        now[0] += 1 + extra * any(collector.wanted for collector, _ in gns._sources)
+        plain(model, optimizer, batch)
+
+    return take_step
+
+
+def test_as_many_steps_are_measured_as_the_share_pays_for(tmp_path, caplog):
+    model, optimizer, batch = make()
+    readings, now = [], [0.0]
+    settings = {"every": "auto", "overhead": 0.05, "sinks": [readings.append]}
+    with caplog.at_level("INFO", "gnsmon"), watch(model, optimizer, **settings) as gns:
+        take_step = paced(gns, now, extra=0.5)
+        for _ in range(500):
+            take_step(model, optimizer, batch)
+        state = gns.state_dict()
+    steps = [r.step for r in readings]
+    assert steps[:6] == [0, 1, 5, 13, 14, 18]
+    assert len([s for s in steps if s < 60]) == 15
+    # 0.5 / (n + 0.5) = 0.05
+    assert gns._clock.interval == pytest.approx(9.5)
+    assert [r.overhead for r in readings[:5]] == [None] * 5
+    assert readings[-1].overhead == pytest.approx(0.05, rel=0.2)
+    assert "one step in 9.5 is measured, which takes 50 % longer" in caplog.text
+
+    readings.clear()
+    with watch(model, optimizer, **settings) as resumed:
+        resumed.load_state_dict(pickle.loads(pickle.dumps(state)))
+        take_step = paced(resumed, now, extra=0.5)
+        for _ in range(50):
+            take_step(model, optimizer, batch)
+    assert readings[0].step == state["pace"]["next"]
+    assert 3 <= len(readings) <= 9
+
+    with watch(model, optimizer, **settings) as older:
+        older.load_state_dict({k: v for k, v in state.items() if k != "pace"})
+        plain(model, optimizer, batch)
+        assert older.reading.step == 500
+
+
+@pytest.mark.parametrize("every", ["auto", 2])
+def test_exact_steps_are_counted_among_the_measured_ones(every):
+    model, optimizer, batch = make()
+    exact = []
+    settings = {"method": "sogns", "calibrate_every": 3, "every": every}
+    with watch(model, optimizer, **settings) as gns:
+        collector = gns._sources[0][0]
+        take_step = paced(gns, [0.0], extra=0.5)
+        for _ in range(40):
+            if collector.wanted:
+                exact.append(collector._exact)
+            take_step(model, optimizer, batch)
+    assert len(exact) > 9
+    assert exact == [i % 3 == 0 for i in range(len(exact))]
+
+
+def test_the_header_says_how_steps_are_chosen():
+    model, optimizer, batch = make()
+    for settings, said in (({"every": "auto"}, ("auto", 0.01)), ({"every": 3}, (3, None))):
+        headers = []
+        with watch(model, optimizer, sinks=[Heads(headers)], **settings):
+            plain(model, optimizer, batch)
+        assert (headers[0]["every"], headers[0]["overhead"]) == said
+
+
+class Heads:
+    def __init__(self, headers):
+        self.headers = headers
+
+    def start(self, header, step):
+        self.headers.append(header)
+
+    def __call__(self, reading):
+        pass
+
+
 def graph(node, seen=None):
     seen = set() if seen is None else seen
     if node is not None and node not in seen:

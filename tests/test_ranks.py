@@ -429,7 +429,9 @@ def summed(rank):
 
     def over_all(*of_sources):
         local = [(share, columns) for share in of_sources]
-        return over_ranks(local, ranks, device=torch.device("cpu"))
+        answers, seconds = over_ranks(local, 1.0 + rank, ranks, device=torch.device("cpu"))
+        assert seconds == 1.5
+        return answers
 
     def over(local):
         return over_all(local)[0]

@@ -91,6 +91,7 @@ def test_the_report_says_what_the_log_holds(tmp_path):
         "Step 600: noise scale 764 (90%: 382-1,528); batch 64: too small by 12x.",
         "Suggested batch size: 256.",
         "By sogns: noise scale 764",
+        "measured steps, of late one step in 10.",
         "1.3% of the training time",
         "97.0% of the trainable parameters",
         "overflow (2)",
@@ -188,6 +189,10 @@ def test_errors_say_what_is_missing(tmp_path):
     sink.start(HEADER, 0)
     sink.close()
     with pytest.raises(ValueError, match="no reading yet.*every 10 optimizer steps"):
+        write_report(tmp_path)
+    sink.start({**HEADER, "every": "auto"}, 1)
+    sink.close()
+    with pytest.raises(ValueError, match="no reading yet: expected one in some optimizer steps"):
         write_report(tmp_path)
     with pytest.raises(ValueError, match="no readings to plot"):
         plot_run(read_log(tmp_path), tmp_path / "a.png")

@@ -47,11 +47,14 @@ ALONE = Ranks()
 
 def over_ranks(
     local: Sequence[tuple[Share | Skipped, Columns]],
+    seconds: float,
     ranks: Ranks,
     *,
     device: torch.device,
-) -> list[Share | Skipped]:
-    """The shares of all ranks' parts, or Skipped on every rank if one has none; equal on all.
+) -> tuple[list[Share | Skipped], float]:
+    """The shares of all ranks' parts, or Skipped on every rank if one has none; the mean seconds.
+
+    All is equal on all ranks.
 
     It is one all_reduce for all the sources of a step, of a vector whose length depends on their
     columns alone: call it on every rank, whatever has become of the step there, and none waits for
@@ -59,6 +62,7 @@ def over_ranks(
 
     Args:
         local: of this rank, from each source, and how it is laid out.
+        seconds: that it took on this rank.
         ranks: who takes part.
         device: of the parameters, for a backend that knows no other.
     """
@@ -69,13 +73,14 @@ def over_ranks(
         for part in _message(share, columns, of_source, ranks)
     ]
     flat = [shape for of_source in shapes for shape in of_source]
-    ends = np.cumsum([prod(shape) for shape in flat])[:-1]
-    parts = np.split(_sum(np.concatenate(vector), ranks, device), ends)
+    ends = np.cumsum([prod(shape) for shape in flat])
+    *parts, took = np.split(_sum(np.concatenate([*vector, [seconds]]), ranks, device), ends)
     pieces = iter([part.reshape(shape) for part, shape in zip(parts, flat, strict=True)])
-    return [
+    answers = [
         _answered([next(pieces) for _ in of_source], share, columns, ranks)
         for (share, columns), of_source in zip(local, shapes, strict=True)
     ]
+    return answers, float(took[0] / ranks.size)
 
 
 def length(columns: Columns) -> int:
