@@ -41,9 +41,9 @@ from bench.steps import PEERS
 from bench.tables import Results, markdown, write
 from bench.workloads import workloads
 
-QUICK = Effort(rounds=5, limit=1.5, blocks=2, block=0.5, memory=False)
+QUICK = Effort(rounds=5, limit=1, least=1, blocks=2, block=0.5, memory=False)
 PEAKS = ("gpt", "resnet")  # whose peaks are worth a process for each; on CUDA they cost nothing
-OF_SCALING = Effort(rounds=15, limit=4, blocks=1, block=0, memory=False)
+OF_SCALING = Effort(rounds=15, limit=4, least=3, blocks=1, block=0, memory=False)
 
 
 def main(
@@ -52,7 +52,9 @@ def main(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     only: Annotated[str, typer.Option(help="Workloads, by comma; all.")] = "",
     methods: Annotated[str, typer.Option(help="Steps, by comma; all.")] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="Few rounds, no peak memory.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few rounds, nothing compiled, no peaks.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda, with a GPT-2 besides.")] = "cpu",
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Cost over each size instead.")
@@ -72,14 +74,18 @@ def main(
         found = points(device, QUICK if quick else OF_SCALING, tiny=tiny)
         results["scaling"] = [asdict(point) for point in found]
     else:
-        effort = QUICK if quick else Effort(rounds, limit, blocks=6, block=3.0, memory=True)
+        effort = QUICK if quick else Effort(rounds, limit, 3, blocks=6, block=3.0, memory=True)
         for workload in chosen(workloads(device, tiny=tiny), only).values():
+            if quick and workload.compiled and not only:
+                continue
             peaks = effort.memory and (device == "cuda" or workload.name in PEAKS)
             truth = truths(workload)
             for step in chosen(variants(workload), methods):
                 typer.echo(f"{workload.name}: {step}", err=True)
                 row = measured(workload, step, truth, replace(effort, memory=peaks))
                 results["rows"].append(asdict(row))
+                if out:  # as far as it is, should the run be ended
+                    out.write_text(json.dumps(results, indent=1))
     print("\n\n".join(markdown(results).values()))
     if out:
         out.write_text(json.dumps(results, indent=1))

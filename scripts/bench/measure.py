@@ -50,7 +50,8 @@ class Effort:
     """How long to measure."""
 
     rounds: int  # ratios of one figure
-    limit: float  # seconds, after which three of them are enough
+    limit: float  # seconds, after which `least` of them are enough
+    least: int
     blocks: int  # instead of rounds, for steps that are timed in blocks
     block: float  # seconds of the bare steps in one
     memory: bool  # peaks too
@@ -140,7 +141,9 @@ def compared(
     gc.disable()
     try:
         end = time.perf_counter() + effort.limit
-        while len(times) < rounds and (count > 1 or len(times) < 3 or time.perf_counter() < end):
+        while len(times) < rounds and (
+            count > 1 or len(times) < effort.least or time.perf_counter() < end
+        ):
             times.append([_seconds(s, load.device, count) / count for s in (plain, own, plain)])
             found.append(own.norms())
     finally:
@@ -151,12 +154,13 @@ def compared(
 def _warm(step: Step, load: Workload, seconds: float) -> tuple[Step, int]:
     """The step after a few runs; of CUDA memory, the peak over what was there before them."""
     cuda = load.device == "cuda"
+    needed = 2 if cuda or load.compiled else 1
     held = torch.cuda.memory_allocated() if cuda else 0
     begin = time.perf_counter()
     for i in range(4):
         if i == 1 and cuda:
             torch.cuda.reset_peak_memory_stats()  # without what compiling and tuning took
-        if i < 2 or time.perf_counter() - begin < seconds:
+        if i < needed or time.perf_counter() - begin < seconds:
             _seconds(step, load.device)
     return step, torch.cuda.max_memory_allocated() - held if cuda else 0
 
