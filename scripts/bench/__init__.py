@@ -1,0 +1,1 @@
+"""What `scripts/bench_overhead.py` is made of."""
