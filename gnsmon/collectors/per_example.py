@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gnsmon.collectors.backward import Backwards, exactly
+from gnsmon.collectors.gathered import Gathered
 from gnsmon.collectors.groups import is_norm
 from gnsmon.collectors.proof import gaps
 from gnsmon.collectors.reduction import ALONE, UNREDUCED, Ranks
@@ -198,6 +199,7 @@ class PerExample:
     def _clear(self) -> None:
         self._passes: list[_Pass] = []
         self._layers: dict[LayerTap, Tensor] = {}  # summed probes
+        self._gathered = Gathered()
         self._shared: dict[str, Tensor] = {}  # as a probe, of one shared parameter
         self._big: dict[str, Tensor] = {}
         self._along: dict[str, Tensor] = {}
@@ -207,7 +209,7 @@ class PerExample:
         self.taps.clear()
 
     def _fired(self, _: Tensor) -> None:
-        """A probe received its gradient: a backward is under way."""
+        """A tap gave its gradient: a backward is under way."""
         self._backwards.under_way(self.taps.forwards)
 
     def _harvest(self) -> None:
@@ -228,7 +230,9 @@ class PerExample:
                 self._layers[tap] = self._layers.get(tap, 0) + tap.probe.grad
                 tail = tap.probe.grad[-1 - len(tap.owned) :]
                 compiled[tap] = compiled.get(tap, 0) + tail
-                tap.probe.grad = None
+            tap.probe.grad = tap.pulse.grad = None
+        self._gathered.add([b for b in taps.brought if b.task in tasks])
+        taps.brought.clear()
         self._passes[-1].uses.extend(use for task, use in taps.deferred if task in tasks)
         taps.deferred.clear()
         taps.fired.clear()
@@ -274,6 +278,7 @@ class PerExample:
         """The gradients of the microbatches so far were thrown away: begin again."""
         self._passes.clear()
         self._layers.clear()
+        self._gathered.clear()
         self._shared.clear()
 
     def _settle(self) -> None:
@@ -306,8 +311,9 @@ class PerExample:
         if not self._passes:
             return self._nothing_fired()
         self._settle()
-        layers, shared, big, along, vectors, weights, *compiled = to_host(
+        layers, eager, shared, big, along, vectors, weights, *compiled = to_host(
             self._layers,
+            self._gathered.flat,
             self._shared,
             self._big,
             self._along,
@@ -315,6 +321,8 @@ class PerExample:
             self._weight_sums(),
             *(p.compiled for p in self._passes),
         )
+        for tap, vector in self._gathered.vectors(eager).items():
+            layers[tap] = layers[tap] + vector if tap in layers else vector
         for name, vector in vectors.items():
             big[name] = np.square(vector).sum(keepdims=True)
             along[name] = vector * self._signs[name]

@@ -164,10 +164,10 @@ class Outer(Form):
         return (left.mT @ right).reshape(self.shape)
 
     def sum_along(self, direction: Tensor, rows: Tensor | None = None) -> Tensor:  # noqa: D102
-        along, left = wide(self.right) @ wide(direction), self.left
-        if rows is not None and left.shape[1] == 1:
-            left, rows = left.index_select(3, rows), None
-        return _chosen(torch.einsum("bgtm,bgt->gm", wide(left), along).flatten(), rows)
+        along = wide(self.right) @ wide(direction)  # [B, G, T]
+        left = wide(self.left).transpose(0, 1).flatten(1, 2)  # [G, B * T, m]
+        every = left.mT @ along.transpose(0, 1).flatten(1)[..., None]
+        return _chosen(every.flatten(), rows)
 
     def project(self, w: Tensor) -> Tensor:  # noqa: D102
         along = wide(self.right) @ (w if w.ndim == 2 else w[:, None])

@@ -29,7 +29,7 @@ class FusedTap(torch.autograd.Function):
     def forward(
         ctx: Any,
         y: Tensor,
-        probe: Tensor,
+        leaf: Tensor,
         tap: LayerTap,
         layout: Layout | None,
         x: Tensor,
@@ -79,7 +79,7 @@ def tapped(
     x, weight = x.to(y.dtype), weight.to(y.dtype)
     bias = None if bias is None else bias.to(y.dtype)
     with torch.autocast(y.device.type, enabled=False):
-        return FusedTap.apply(y.detach(), tap.probe, tap, layout, x, weight, bias)
+        return FusedTap.apply(y.detach(), tap.leaf, tap, layout, x, weight, bias)
 
 
 def able(tap: LayerTap, x: tuple[Tensor, ...]) -> bool:

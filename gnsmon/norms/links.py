@@ -107,7 +107,7 @@ class _LinkedTap(torch.autograd.Function):
         tap, layout, tensors = ctx.tap, ctx.layout, ctx.saved_tensors
         with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
             forms = tap.forms([tensors[i] for i in ctx.x], dy, layout)
-            statistics = tap._vector(forms, layout)
+            statistics = tap.vector(forms, layout)
             sent = _sent(tap, forms, ctx.earlier, tensors)
             if ctx.source:
                 own_dy, fired = ctx.source

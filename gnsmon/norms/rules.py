@@ -359,7 +359,12 @@ def _bias(module: Any, dy: Tensor, total: Callable[[Tensor], Tensor]) -> Forms:
 
 
 def _to_last(axes: int) -> Callable[[Tensor], Tensor]:  # sums [B, ..., *last] to [B, *last]
-    return lambda t: t[:, None].flatten(1, -1 - axes).sum(1, dtype=wider(t.dtype))
+    def total(t: Tensor) -> Tensor:
+        if t.ndim == 1 + axes:
+            return t
+        return t[:, None].flatten(1, -1 - axes).sum(1, dtype=wider(t.dtype))
+
+    return total
 
 
 def _to_channels(t: Tensor) -> Tensor:  # sums [B, C, ...] to [B, C]

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,25 @@ from gnsmon.norms.sketch import SUBSPACE, Sketch
 from gnsmon.norms.ways import WAYS
 
 ABSENT = float("-inf")  # in place of a sum of squares: the rule gave no gradient
+
+
+class Fill(NamedTuple):
+    """A piece of a vector that is known without the device: `length` times `value`."""
+
+    value: float
+    length: int
+
+    def on(self, like: Tensor) -> Tensor:
+        """The piece as a tensor."""
+        return like.new_full((self.length,), float(self.value))
+
+
+class Brought(NamedTuple):
+    """What a tap brings in a backward of an eager model."""
+
+    task: int  # the backward
+    tap: LayerTap
+    pieces: list[Tensor | Fill]  # of its vector
 
 
 class _Tap(torch.autograd.Function):
@@ -72,10 +91,11 @@ class LayerTap:
 
     Without a rule, the layer is replayed.
 
-    The probe is one vector: the number of examples; for each of the layer's parameters what each
+    What leaves is one vector: the number of examples; for each of the layer's parameters what each
     of `Taps.ways` gives, `ABSENT` where the rule gives nothing; each parameter's `Form.sum_along`,
     to be compared with `.grad`; and, as `links` tells them apart, the number of compiled uses and
-    for each parameter that of the links received.
+    for each parameter that of the links received. In a compiled graph it is the probe's gradient;
+    an eager model's is kept in `Taps.brought`, and `pulse` tells that a backward came by.
     """
 
     def __init__(
@@ -110,6 +130,8 @@ class LayerTap:
         size = 2 + (1 + taps.slots) * len(own) + sum(self.rows.values())
         # A sketch's variance is of fourth powers, which leave the range of float32.
         self.probe = torch.zeros(size, dtype=torch.float64, device=p.device, requires_grad=True)
+        self.pulse = torch.zeros((), device=p.device, requires_grad=True)
+        self._nothing = torch.zeros_like(self.pulse)  # its gradient
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -149,7 +171,7 @@ class LayerTap:
             own = module._parameters
             y = fused.tapped(self, y, layout, *x, own["weight"], own.get("bias"))
         else:
-            y = _Tap.apply(y, self.probe, self, layout, *x)
+            y = _Tap.apply(y, self.leaf, self, layout, *x)
         return y if at is None else type(output)((*output[:at], y, *output[at + 1 :]))
 
     def _takes_over(self, x: tuple[Tensor, ...], y: Tensor, layout: Layout | None) -> bool:
@@ -198,6 +220,11 @@ class LayerTap:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Inert, ()
+
+    @property
+    def leaf(self) -> Tensor:
+        """What this call's tap gives its gradient to."""
+        return self.probe if torch.compiler.is_compiling() else self.pulse
 
     def pairs(self) -> Iterator[tuple[str, str]]:
         """The layer's own names of its parameters, each with the name in the model."""
@@ -322,29 +349,30 @@ class LayerTap:
     def statistics(
         self, ctx: Any, dy: Tensor, layout: Layout, sums: dict[str, Tensor] | None = None
     ) -> Tensor:
-        """The probe's gradient: see the class.
+        """The gradient of `leaf`: see the class.
 
         With `sums`, the gradients of the layer's own parameters that come with it are put there.
         """
         if torch.compiler.is_compiling():
-            return self._statistics(ctx.saved_tensors, dy, layout, sums)
-        task = torch._C._current_graph_task_id()
-        self.taps.fired.add((task, layout.serial, layout.batch))
+            return self.vector(self.forms(ctx.saved_tensors, dy, layout), layout, sums)
+        taps, task = self.taps, torch._C._current_graph_task_id()
+        taps.fired.add((task, layout.serial, layout.batch))
         try:
-            return self._statistics(ctx.saved_tensors, dy, layout, sums)
+            pieces = self._statistics(ctx.saved_tensors, dy, layout, sums)
+            taps.brought.append(Brought(task, self, pieces))
         except Exception as error:
-            if self.taps.strict and self.rule is not None:
+            if taps.strict and self.rule is not None:
                 raise
             what = "its rule" if self.rule is not None else "without a rule, and replaying it"
             self._leave_out(f"{what} failed: {type(error).__name__}: {error}")
-            return torch.zeros_like(self.probe)
+        return self._nothing
 
     def _statistics(
         self, x: Sequence[Tensor], dy: Tensor, layout: Layout, sums: dict[str, Tensor] | None
-    ) -> Tensor:
+    ) -> list[Tensor | Fill]:
         if layout.call is not None:
             return self._replayed(layout.call, x, dy, layout)
-        return self._vector(self.forms(x, dy, layout), layout, sums)
+        return self._pieces(self.forms(x, dy, layout), layout, sums)
 
     def forms(self, x: Sequence[Tensor], dy: Tensor, layout: Layout) -> dict[str, Form]:
         """What the layer's rule gives, by the layer's own names."""
@@ -354,7 +382,9 @@ class LayerTap:
             self.module, inputs[0] if len(inputs) == 1 else tuple(inputs), layout.batch_first(dy)
         )
 
-    def _replayed(self, call: Call, x: Sequence[Tensor], dy: Tensor, layout: Layout) -> Tensor:
+    def _replayed(
+        self, call: Call, x: Sequence[Tensor], dy: Tensor, layout: Layout
+    ) -> list[Tensor | Fill]:
         """The statistics, which are sums over the examples, of a few examples at a time."""
         rows = layout.rows_per_example
         axis = layout.batch_dim if rows == 1 else 0
@@ -365,8 +395,8 @@ class LayerTap:
         total = torch.zeros_like(self.probe)
         for forms in replay(self.module, call, x, axes, dy, axis, chunk=chunk):
             count = next(len(form.grad) for form in forms.values()) // rows
-            total += self._vector(forms, replace(layout, batch=count))
-        return total
+            total += self.vector(forms, replace(layout, batch=count))
+        return [total]
 
     def _axis(self, t: Tensor, axis: int, layout: Layout, *, first: bool) -> int | None:
         """Where a layer's input has the examples; None for what they have in common."""
@@ -375,9 +405,18 @@ class LayerTap:
         rows = layout.batch * layout.rows_per_example
         return next((a for a in (axis, 0) if t.ndim > a and t.shape[a] == rows), None)
 
-    def _vector(
+    def vector(
         self, forms: Mapping[str, Form], layout: Layout, sums: dict[str, Tensor] | None = None
     ) -> Tensor:
+        """The vector of the class's docstring."""
+        like, pieces = self.probe, self._pieces(forms, layout, sums)
+        filled = [p.on(like) if isinstance(p, Fill) else p.to(like.dtype) for p in pieces]
+        return torch.cat([piece.reshape(-1) for piece in filled])
+
+    def _pieces(
+        self, forms: Mapping[str, Form], layout: Layout, sums: dict[str, Tensor] | None = None
+    ) -> list[Tensor | Fill]:
+        """The vector of the class's docstring, before it is put together."""
         if layout.rows_per_example > 1:
             forms = {name: form.regroup(layout.batch) for name, form in forms.items()}
         compiled = torch.compiler.is_compiling()
@@ -385,28 +424,25 @@ class LayerTap:
         if deferred:
             uses = {name: forms[own] for own, name in self.pairs() if own in forms}
             self.taps.deferred.append((torch._C._current_graph_task_id(), uses))
-        like = self.probe
         mine = {} if deferred else forms
         known = {} if deferred or sums is None else self._fused(forms, sums)
-        pieces = [like.new_full((1,), float(layout.batch))]
+        pieces: list[Tensor | Fill] = [Fill(layout.batch, 1)]
         for own in self.owned:
             for name in self.taps.ways:
                 way, asked = WAYS[name], name in self.ways
                 if asked and own in mine:
                     pieces.append(way.sums(mine[own], self.sketches.get(own), known.get(own)))
                 else:
-                    absent = ABSENT if asked and not deferred else 0.0
-                    pieces.append(like.new_full((way.width,), absent))
+                    pieces.append(Fill(ABSENT if asked and not deferred else 0.0, way.width))
         for own in self.owned:
             if own not in mine:
-                pieces.append(like.new_zeros(self.rows[own]))
+                pieces.append(Fill(0.0, self.rows[own]))
             elif own in known:
                 pieces.append(self.directions[own].along(sums[own])[1])
             else:
                 direction = self.directions[own]
                 pieces.append(mine[own].sum_along(direction.signs, direction.rows))
-        pieces += [like.new_full((1,), float(compiled)), like.new_zeros(len(self.owned))]
-        return torch.cat([piece.to(like.dtype) for piece in pieces])
+        return [*pieces, Fill(float(compiled), 1), Fill(0.0, len(self.owned))]
 
     def _fused(self, forms: Mapping[str, Form], sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """The squared norms that come with the sum of the gradients, which goes to `sums`."""
@@ -556,17 +592,19 @@ class Taps:
         """Have `fired` called whenever a probe receives its gradient."""
         for tap in self.layers:
             tap.probe.register_post_accumulate_grad_hook(fired)
+            tap.pulse.register_post_accumulate_grad_hook(fired)
 
     def clear(self) -> None:
         """Forget everything learnt since the last optimizer step."""
         self.end_pass()
         # Forms of shared parameters, a dict a use, each with the backward that it came from.
         self.deferred: list[tuple[int, dict[str, Form]]] = []
+        self.brought: list[Brought] = []
         self.fired: set[tuple[int, int, int]] = set()  # backward, forward, batch
         self.coupled: str | None = None  # why examples are not independent
         self.fault: str | None = None
         for tap in self.layers:
-            tap.reason, tap.probe.grad = None, None
+            tap.reason = tap.probe.grad = tap.pulse.grad = None
 
     def end_pass(self) -> None:
         """The batch has had its backward; the next forward begins another."""
@@ -623,6 +661,7 @@ class Taps:
             self._orders: dict[int, int | None] = {}
             # What was not taken at the end of its backward was torch.autograd.grad's.
             self.deferred.clear()
+            self.brought.clear()
             self.fired.clear()
 
     def order(self, x: Tensor, rows: int) -> int | None:
