@@ -4,6 +4,9 @@ Never in between: a cross term that is missing would show in no proof, since the
 none.
 """
 
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -186,6 +189,50 @@ def test_inductor():
         for _ in range(2):
             assert_right(model, step(compiled, batch), batch)
     assert graphs() == 1
+
+
+ADDED_BY_TWO_THREADS = """
+import torch
+from torch import nn
+from gnsmon.collectors.per_example import PerExample
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.places = nn.Embedding(32, 16), nn.Embedding(8, 16)
+        self.head = nn.Linear(16, 32, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids):
+        places = torch.arange(8).expand(len(ids), -1)
+        return self.head((self.words(ids) + self.places(places)).tanh())
+
+torch.set_num_threads(2)
+torch.manual_seed(0)
+model, ids = Tied(), torch.randint(32, (4, 8))
+collector = PerExample(model, ["pepgns"], strict=True)
+found = []
+for call in model, torch.compile(model, fullgraph=True):
+    model.zero_grad()
+    collector.arm(True)
+    call(ids).logsumexp(2).square().sum().backward()
+    gradients = [p.grad for p in model.parameters()]
+    norms = torch.tensor(collector.close()["pepgns"].parts_sq_norm)
+    found.append({"norms": norms, "gradients": gradients})
+torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+"""
+
+
+@pytest.mark.slow
+def test_inductor_with_two_threads():
+    """In a process of its own, and in float32: what goes wrong here corrupts the heap."""
+    done = subprocess.run(
+        [sys.executable, "-c", ADDED_BY_TWO_THREADS],
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_sogns_alone_needs_no_cross_terms():

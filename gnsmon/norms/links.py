@@ -181,7 +181,7 @@ def _crossed(
     counts, crossed = {}, {}
     for own, count, payload in zip(given, received[::2], received[1::2], strict=True):
         counts[own] = count * fired
-        crossed[own] = 2 * (dy * payload).sum()
+        crossed[own] = 2 * _inner(dy, payload)
     pieces = [zero]
     for own in tap.owned:
         for way in map(WAYS.__getitem__, tap.taps.ways):
@@ -193,6 +193,24 @@ def _crossed(
     for own in tap.owned:
         pieces.append(counts[own].reshape(1) if own in counts else zero)
     return torch.cat([piece.to(like.dtype) for piece in pieces])
+
+
+@torch.library.custom_op(
+    "gnsmon::inner", mutates_args=(), schema="(Tensor dy, Tensor payload) -> Tensor"
+)
+def _inner(dy: Tensor, payload: Tensor) -> Tensor:
+    """Their inner product, which the compiler does not look into.
+
+    It would fuse the sum with an embedding's own backward, which reads dy too. Where the payload is
+    laid out otherwise that is one 2-D tiled loop, in which, of more than one thread, torch 2.13's
+    C++ adds to the wrong rows of the gradient and beyond its end (pytorch/pytorch#191837).
+    """
+    return (dy * payload).sum()
+
+
+@_inner.register_fake
+def _(dy: Tensor, payload: Tensor) -> Tensor:
+    return dy.new_empty((), dtype=torch.promote_types(dy.dtype, payload.dtype))
 
 
 def _sent(
