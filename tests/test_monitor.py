@@ -192,11 +192,12 @@ LOOPS = [
 ]
 
 
+@pytest.mark.parametrize("engine", ["hooks", "fused"])
 @pytest.mark.parametrize("kind", [Tiny, Checkpointed])
 @pytest.mark.parametrize("loop", LOOPS, ids=lambda f: f.__name__)
-def test_norms_are_those_of_brute_force(loop, kind):
+def test_norms_are_those_of_brute_force(loop, kind, engine):
     model, optimizer, batch = make(kind)
-    with watch(model, optimizer) as gns:
+    with watch(model, optimizer, engine=engine) as gns:
         for _ in range(3):
             loop(model, optimizer, batch)
             assert_right(gns, model, batch, scale=B if loop is sum_loss else 1.0)

@@ -1,0 +1,373 @@
+"""Layers whose backward is taken over: the same gradients, the same norms, no product repeated."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import LAYERS, by_name, energy
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
+
+import gnsmon
+from gnsmon.norms import plans
+from gnsmon.norms.convolved import Convolved
+from gnsmon.norms.forms import Outer
+from gnsmon.norms.oracles import per_example_sq_norms
+from gnsmon.norms.rules import find_backward
+
+CLOSE = {"rtol": 1e-10, "atol": 1e-13}
+TAKEN = [c for c in LAYERS if any(map(find_backward, c.make()[0].modules()))]
+taken = pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.name)
+
+
+def attach(model: nn.Module, engine: str = "fused", **settings):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    settings = {"every": 1, "strict": True, "run_dir": tempfile.mkdtemp(), **settings}
+    return gnsmon.attach(model, optimizer, engine=engine, **settings), optimizer
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def taken_over(loss: Tensor) -> int:
+    """How many nodes of a graph are ours."""
+    seen: set[Node] = set()
+    stack = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += [following for following, _ in node.next_functions]
+    return sum(type(node).__name__ == "FusedTapBackward" for node in seen)
+
+
+def measured(model, loss_of, batch, engine: str = "fused"):
+    """The loss's graph, gradients and small norms of a step; the input's gradient among them."""
+    gns, optimizer = attach(model, engine)
+    with gns:
+        model.zero_grad()
+        loss = loss_of(model, batch)
+        nodes = taken_over(loss)
+        loss.backward()
+        found = gradients(model)
+        optimizer.step()
+        return nodes, found, gns.reading
+
+
+@taken
+def test_gradients_are_those_of_autograd_and_norms_those_of_brute_force(case):
+    model, batch = case.make()
+    want = per_example_sq_norms(model, case.loss, batch)
+    case.loss(model, batch).backward()
+    bare = gradients(model)
+    nodes, found, reading = measured(model, case.loss, batch)
+    odd = ("circular", "reflect", "replicate", "same", "valid")
+    usual = any(word in case.name for word in odd) or "frozen" in case.name
+    assert nodes or usual
+    assert found.keys() == bare.keys()
+    for name in bare:
+        torch.testing.assert_close(found[name], bare[name], **CLOSE)
+    total = float(sum(norms.sum() for norms in want.values())) / len(next(iter(want.values()))) ** 2
+    assert reading.raw.parts_sq_norm == pytest.approx(total, rel=1e-9)
+    assert reading.coverage == 1.0
+
+
+@pytest.mark.parametrize("name", ["linear 3d, direct", "conv2d"])
+def test_the_inputs_gradient(name):
+    case = by_name(name)
+    model, batch = case.make()
+    given = []
+    for engine in ("hooks", "fused"):
+        x = batch.clone().requires_grad_()
+        measured(model, case.loss, x, engine)
+        given.append(x.grad)
+    torch.testing.assert_close(*given, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", [Outer, Convolved])
+def test_all_plans_agree(kind):
+    torch.manual_seed(0)
+    if kind is Outer:
+        factors = torch.randn(3, 2, 5, 4), torch.randn(3, 2, 5, 7)
+        form = Outer(*map(torch.Tensor.double, factors))
+    else:
+        x, dy = torch.randn(3, 4, 9, 8).double(), torch.randn(3, 6, 4, 6).double()
+        form = Convolved(x, dy, (6, 2, 3, 2), (2, 1), (1, 0), (2, 2), groups=2)
+    want = form.dense().flatten(1).square().sum(1)
+    tried = 0
+    for plan in form.plans.values():
+        if plan.work(form) == float("inf"):
+            continue
+        tried += 1
+        torch.testing.assert_close(plan.sq_norms(form), want, **CLOSE)
+        if plan.fused is not None:
+            total, norms = plan.fused(form)
+            torch.testing.assert_close(norms, want, **CLOSE)
+            torch.testing.assert_close(total, form.sum(), **CLOSE)
+    assert tried >= 2
+
+
+class Flops(TorchDispatchMode):
+    """Counts floating-point operations; not by module, which would be a hook before ours."""
+
+    total = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if op._overloadpacket is torch.ops.aten.convolution_backward:  # torch's forgets the groups
+            dy, weight, mask = args[0], args[2], args[10]
+            self.total += 2 * dy.numel() * weight[0].numel() * (mask[0] + mask[1])
+        elif op._overloadpacket in flop_registry:
+            self.total += flop_registry[op._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def flops(model, batch, optimizer) -> int:
+    model.zero_grad()
+    with Flops() as counter:
+        energy(model, batch).backward()
+        optimizer.step()
+    return counter.total
+
+
+MODELS = {
+    "linear": (lambda: nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)), (4, 64, 64)),
+    "conv": (lambda: nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 8, 3)), (4, 8, 16, 16)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_product_is_repeated(name):
+    torch.manual_seed(0)
+    make, shape = MODELS[name]
+    model, batch = make(), torch.randn(shape)
+    bare = flops(model, batch, torch.optim.SGD(model.parameters(), lr=0.0))
+    counts = {}
+    for engine in ("fused", "hooks"):
+        gns, optimizer = attach(model, engine)
+        with gns:
+            counts[engine] = flops(model, batch, optimizer)
+    assert counts["fused"] < 1.02 * bare
+    assert counts["hooks"] > 1.15 * bare
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool):
+        super().__init__()
+        self.reentrant, self.up, self.down = reentrant, nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = lambda x: self.down(F.gelu(self.up(x)))  # noqa: E731
+        return x + checkpoint(inside, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints(reentrant):
+    torch.manual_seed(0)
+    model = Checkpointed(reentrant).double()
+    x = torch.randn(4, 5, 6, dtype=torch.float64, requires_grad=True)
+    energy(model, x).backward()
+    bare = gradients(model)
+    model.reentrant = False  # which wants an input with a gradient
+    want = sum(n.sum() for n in per_example_sq_norms(model, energy, x.detach()).values()) / 16
+    model.reentrant = reentrant
+    gns, optimizer = attach(model)
+    with gns:
+        for _ in range(3):  # from the second step on it is known what pays
+            model.zero_grad()
+            energy(model, x).backward()
+            for name, grad in gradients(model).items():
+                torch.testing.assert_close(grad, bare[name], **CLOSE)
+            optimizer.step()
+            assert gns.reading.raw.parts_sq_norm == pytest.approx(float(want), rel=1e-9)
+
+
+def test_switching_between_forward_and_backward_of_a_checkpoint():
+    """What a checkpoint saves may not depend on whether the step is measured."""
+    torch.manual_seed(0)
+    model, x = Checkpointed(False), torch.randn(4, 5, 6, requires_grad=True)
+    gns, optimizer = attach(model, every=2)
+    with gns:
+        for _ in range(5):
+            loss = energy(model, x)
+            gns._sources[0][0].arm(False)
+            loss.backward()
+            optimizer.step()
+
+
+def test_gradients_of_gradients():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x = torch.randn(4, 5, 6, dtype=torch.float64)
+
+    def penalised() -> dict[str, Tensor]:
+        model.zero_grad()
+        parameters = list(model.parameters())
+        first = torch.autograd.grad(energy(model, x), parameters, create_graph=True)
+        (energy(model, x) + sum(g.square().sum() for g in first)).backward()
+        return gradients(model)
+
+    bare = penalised()
+    gns, _ = attach(model, strict=False)
+    with gns:
+        for name, grad in penalised().items():
+            torch.testing.assert_close(grad, bare[name], **CLOSE)
+
+
+def test_an_input_that_changes_after_autocast_copied_it():
+    torch.manual_seed(0)
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + 1
+            y = self.layer(x)
+            x += y  # allowed, for autocast saved a copy in bfloat16
+            return x
+
+    model, x = Residual(), torch.randn(4, 5, 8)
+
+    def gradient() -> Tensor:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = energy(model, x)
+        loss.backward()
+        return model.layer.weight.grad.clone()
+
+    bare = gradient()
+    gns, optimizer = attach(model)
+    with gns:
+        torch.testing.assert_close(gradient(), bare, rtol=2e-2, atol=2e-2)
+        optimizer.step()
+        assert gns.reading.coverage == 1.0
+
+
+def doubled(module, args, output):
+    return 2 * output
+
+
+@pytest.mark.parametrize("change", ["hook", "forward", "parametrized", "frozen"])
+def test_a_layer_that_computes_something_else_keeps_its_own_backward(change):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(4, 5, 6)
+    if change == "parametrized":
+        nn.utils.parametrizations.weight_norm(model[0])
+    if change == "frozen":
+        model[0].weight.requires_grad_(False)
+    if change == "forward":
+        model[0].forward = lambda x: 3 * F.linear(x, model[0].weight, model[0].bias)
+
+    def gradient() -> dict[str, Tensor]:
+        model.zero_grad()
+        loss = energy(model, x)
+        assert not taken_over(loss)
+        loss.backward()
+        return gradients(model)
+
+    with pytest.warns(RuntimeWarning) if change in ("parametrized",) else nullcontext():
+        gns, optimizer = attach(model, strict=False)
+        if change == "hook":
+            model[0].register_forward_hook(doubled, prepend=True)
+        with gns:
+            monitored = gradient()
+            optimizer.step() if change == "parametrized" else None
+    bare = gradient()
+    assert monitored.keys() == bare.keys()
+    assert all(torch.equal(monitored[name], bare[name]) for name in bare)
+
+
+def test_a_fault_leaves_the_gradients_alone(monkeypatch):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(4, 5, 6)
+    energy(model, x).backward()
+    bare = gradients(model)
+
+    def broken(form):
+        raise RuntimeError("no memory")
+
+    plan = Outer.plans["direct"]._replace(fused=broken)
+    monkeypatch.setattr(Outer, "plans", {"direct": plan})
+    gns, optimizer = attach(model, strict=False)
+    with gns:
+        model.zero_grad()
+        energy(model, x).backward()
+        torch.testing.assert_close(gradients(model), bare)
+        with pytest.warns(RuntimeWarning, match="no memory"):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("engine", ["auto", "hooks"])
+def test_small_layers_and_hooks_leave_gradients_bitwise_as_they_are(engine):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(8, 32, 64)
+    energy(model, x).backward()
+    bare = gradients(model)
+    nodes, found, _ = measured(model, energy, x, engine)
+    assert nodes == 0
+    assert all(torch.equal(found[name], bare[name]) for name in bare)
+
+
+@pytest.fixture
+def untimed(monkeypatch):
+    """No plan is known; the clock says what a test wants."""
+    monkeypatch.setattr(plans, "_timed", {})
+    seconds: dict[str, float] = {}
+
+    def fake(run) -> float:
+        fn = getattr(run, "func", run)
+        return next((t for name, t in seconds.items() if name in known(fn)), 1.0)
+
+    def known(fn) -> list[str]:
+        pairs = Outer.plans.items()
+        return [name for name, plan in pairs if fn in (plan.sq_norms, plan.fused)] or ["sum"]
+
+    monkeypatch.setattr(plans, "_seconds", fake)
+    return seconds
+
+
+def big() -> Outer:
+    return Outer(torch.randn(8, 64, 256), torch.randn(8, 64, 256))
+
+
+@pytest.mark.parametrize(("gram", "wins"), [(0.3, "direct"), (0.1, "gram")])
+def test_the_fastest_plan_is_taken_less_what_the_sum_costs_anyway(untimed, gram, wins):
+    untimed.update(sum=1.0, direct=1.2, gram=gram)
+    form = big()
+    plans.tune(form)
+    assert plans.chosen(form, fusable=True) is form.plans[wins]
+    assert plans.chosen(Outer(form.left[:3], form.right[:3]), fusable=True) is form.plans[wins]
+
+
+def test_nothing_is_timed_where_runs_must_not_differ(untimed):
+    untimed.update(sum=1.0, direct=9.0, gram=0.1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        plans.tune(big())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not plans._timed
+
+
+def test_a_layer_is_timed_once(untimed, monkeypatch):
+    times = []
+    monkeypatch.setattr(plans, "_seconds", lambda run: times.append(run) or 1.0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 256))
+    gns, optimizer = attach(model, "auto")
+    with gns:
+        for batch in (8, 8, 6):
+            model.zero_grad()
+            x = torch.randn(batch, 64, 256)
+            energy(model, x).backward()
+            optimizer.step()
+    assert len(times) == 3 * (1 + len([p for p in Outer.plans if p != "kernel"]))
