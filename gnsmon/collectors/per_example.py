@@ -203,7 +203,8 @@ class PerExample:
         self._shared: dict[str, Tensor] = {}  # as a probe, of one shared parameter
         self._big: dict[str, Tensor] = {}
         self._along: dict[str, Tensor] = {}
-        self._vectors: dict[str, Tensor] = {}  # gradients with one axis
+        # Gradients with one axis, in one tensor, with their names and lengths.
+        self._vectors: dict[tuple[tuple[str, int], ...], Tensor] = {}
         self._present: dict[str, int] = {}  # parameter -> rows of .grad before this rank's
         self._backwards.clear()
         self.taps.clear()
@@ -237,6 +238,7 @@ class PerExample:
         taps.deferred.clear()
         taps.fired.clear()
         self._big, self._along, self._vectors, self._present = {}, {}, {}, {}
+        vectors: dict[str, Tensor] = {}
         for name, p in self.model.named_parameters():
             if p.grad is None or not p.requires_grad:
                 continue
@@ -249,11 +251,10 @@ class PerExample:
                     if direction is not None:
                         self._present[name], self._along[name] = direction.along(grad, start)
                 else:  # small enough to be sent as it is
-                    self._present[name], self._vectors[name] = start, grad
-        if self._vectors:  # kept, for a later zero_grad may come in place
-            names, grads = self._vectors.keys(), list(self._vectors.values())
-            flat = torch.cat([wide(grad) for grad in grads])
-            self._vectors = dict(zip(names, flat.split([len(g) for g in grads]), strict=True))
+                    self._present[name], vectors[name] = start, grad
+        if vectors:
+            lengths = tuple((name, len(grad)) for name, grad in vectors.items())
+            self._vectors = {lengths: torch.cat(list(vectors.values()))}
 
     def _enter_pass(self, serial: int | None, batch: int | None) -> None:
         """Begin a microbatch, unless this backward is a part of the last one's."""
@@ -323,9 +324,11 @@ class PerExample:
         )
         for tap, vector in self._gathered.vectors(eager).items():
             layers[tap] = layers[tap] + vector if tap in layers else vector
-        for name, vector in vectors.items():
-            big[name] = np.square(vector).sum(keepdims=True)
-            along[name] = vector * self._signs[name]
+        for lengths, flat in vectors.items():
+            names, sizes = zip(*lengths, strict=True)
+            for name, vector in zip(names, np.split(flat, np.cumsum(sizes)[:-1]), strict=True):
+                big[name] = np.square(vector).sum(keepdims=True)
+                along[name] = vector * self._signs[name]
         whole_sq_norm = sum(float(a[0]) for a in big.values())
         if not np.isfinite(whole_sq_norm):
             return Skipped("nonfinite", "the gradient has infinite or undefined values")

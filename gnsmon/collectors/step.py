@@ -162,7 +162,8 @@ def to_host(*groups: dict[Any, Tensor]) -> list[dict[Any, Array]]:
     """The same groups as float64 arrays [numel], by one copy."""
     tensors = [tensor.detach().reshape(-1) for group in groups for tensor in group.values()]
     device = tensors[0].device
-    flat = torch.cat([tensor.to(device, torch.float64) for tensor in tensors]).cpu().numpy()
+    on_device = [t if t.device == device else t.to(device) for t in tensors]
+    flat = torch.cat(on_device).to("cpu", torch.float64).numpy()
     ends = np.cumsum([tensor.numel() for tensor in tensors])
     pieces = iter(np.split(flat, ends[:-1]))
     return [{key: next(pieces) for key in group} for group in groups]

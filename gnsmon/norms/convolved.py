@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gnsmon.norms import plans
 from gnsmon.norms.contractions import CHUNK_BYTES, outer_sq_norms, per_example, squares, wide, wider
-from gnsmon.norms.forms import Form, Outer, Shape
+from gnsmon.norms.forms import Form, Outer, Shape, Some, chosen
 from gnsmon.norms.plans import Plan
 
 CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -53,7 +53,15 @@ class Convolved(Form):
     @property
     def signature(self) -> Hashable:  # noqa: D102
         sizes = [plans.bucket(n) for n in (*self.x.shape[2:], *self.dy.shape[2:])]
-        return self.shape, self.stride, self.groups, *sizes, self.dy.dtype, self.dy.device
+        return (
+            self.shape,
+            self.stride,
+            self.dilation,
+            self.groups,
+            *sizes,
+            self.dy.dtype,
+            self.dy.device,
+        )
 
     @property
     def positions(self) -> int:
@@ -101,12 +109,11 @@ class Convolved(Form):
 
     # Projections: convolutions with a few filters.
 
-    def sum_along(self, direction: Tensor, rows: Tensor | None = None) -> Tensor:  # noqa: D102
+    def sum_along(self, direction: Tensor, rows: Some = None) -> Tensor:  # noqa: D102
         along, dy = self._filtered(direction[:, None]), self._by_group(self.dy)  # [B, G, 1, T]
-        if rows is not None and self.groups == 1:
-            dy, rows = dy.index_select(2, rows), None
-        every = (wide(dy) @ along.mT).sum(0).flatten()
-        return every if rows is None else every.index_select(0, rows)
+        if self.groups == 1:
+            dy, rows = chosen(dy, rows, 2), None
+        return chosen((wide(dy) @ along.mT).sum(0).flatten(), rows)
 
     def project(self, w: Tensor) -> Tensor:  # noqa: D102
         return (wide(self._by_group(self.dy)) @ self._filtered(w).mT).flatten(1, 2)

@@ -14,41 +14,48 @@ LEAST = 16  # rows
 
 
 class Direction:
-    """A direction d of random signs behind the first axis of a parameter, for some of its rows.
+    """A direction d of random signs behind the first axis of a parameter, for a block of its rows.
 
-    E |e d|^2 = |e|^2 for any error e of a sum, so that it shows. Of many rows a few are looked at,
-    others each time, and their numbers made as much larger that the expectation stays.
+    E |e d|^2 = |e|^2 for any error e of a sum, so that it shows. Of a large parameter only some
+    rows are looked at, others each time, and made as much larger that the expectation stays.
     """
 
     def __init__(self, p: Tensor, generator: torch.Generator):
         n, self._total = prod(p.shape[1:]), p.shape[0] if p.ndim else 1
-        few = max(LEAST, NUMBERS // max(n, 1))
-        self.stride = max(1, self._total // few)
-        self.count = self._total // self.stride
+        self.count = min(self._total, max(LEAST, NUMBERS // max(n, 1)))
         bits = torch.randint(0, 2, (n,), generator=generator)
         signs = (2 * bits - 1) * sqrt(self._total / max(self.count, 1))
         self.signs = signs.to(p.device, wider(p.dtype))
         self.first = 0
-        self.rows = None if self.stride == 1 else self._chosen().to(p.device)
+        self._indices = torch.arange(self.count, device=p.device)
+
+    @property
+    def rows(self) -> slice | Tensor | None:
+        """The rows that are looked at; None if all are."""
+        if self.count == self._total:
+            return None
+        if torch.compiler.is_compiling():  # to which the first row would be a constant
+            return self._indices
+        return slice(self.first, self.first + self.count)
 
     def draw(self, generator: torch.Generator) -> None:
         """Other rows, in place, for what a compiled graph has taken in must stay where it is."""
-        if self.rows is not None:
-            high = self._total - self.stride * (self.count - 1)
-            self.first = int(torch.randint(high, (), generator=generator))
-            self.rows.copy_(self._chosen())
-
-    def _chosen(self) -> Tensor:
-        return self.first + self.stride * torch.arange(self.count)
+        if self.count < self._total:
+            first = int(torch.randint(self._total - self.count + 1, (), generator=generator))
+            self._indices += first - self.first
+            self.first = first
 
     def along(self, gradient: Tensor, start: int = 0) -> tuple[int, Tensor]:
-        """The chosen rows times d, of those which a gradient has that begins at row `start`.
+        """The rows times d, of those which a gradient has that begins at row `start`.
 
-        Also how many of the chosen ones come before.
+        Also how many of them come before.
         """
         dense = gradient.to_dense() if gradient.is_sparse else gradient
-        before = min(max(0, -(-(start - self.first) // self.stride)), self.count)
         # Not -1, for there may be no numbers at all.
         matrix = dense.detach().reshape(dense.shape[0] if dense.ndim else 1, len(self.signs))
-        some = matrix[self.first + before * self.stride - start :: self.stride]
-        return before, some[: self.count - before].to(self.signs.dtype) @ self.signs
+        before = min(max(0, start - self.first), self.count)
+        if torch.compiler.is_compiling() and self.rows is not None:
+            some = matrix.index_select(0, self._indices)
+        else:
+            some = matrix[max(0, self.first - start) : max(0, self.first + self.count - start)]
+        return before, some.to(self.signs.dtype) @ self.signs

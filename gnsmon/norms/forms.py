@@ -19,6 +19,7 @@ from gnsmon.norms.contractions import per_example, squares, wide
 from gnsmon.norms.plans import Plan
 
 Shape = tuple[int, ...]
+Some = slice | Tensor | None  # rows of a parameter: a block, indices, all
 
 
 class Form(Protocol):
@@ -58,11 +59,11 @@ class Form(Protocol):
         """
         ...
 
-    def sum_along(self, direction: Tensor, rows: Tensor | None = None) -> Tensor:
+    def sum_along(self, direction: Tensor, rows: Some = None) -> Tensor:
         """`sum().flatten(1)[rows] @ direction` without forming the sum, float32 or wider.
 
         `direction` is [prod(shape[1:])]; of a parameter with one axis or none it is [1]. `rows` are
-        indices into shape[0]; all without.
+        a block of shape[0], or indices into it; all without.
         """
         ...
 
@@ -163,11 +164,13 @@ class Outer(Form):
         left, right = (t.transpose(0, 1).flatten(1, 2) for t in (left, self.right))
         return (left.mT @ right).reshape(self.shape)
 
-    def sum_along(self, direction: Tensor, rows: Tensor | None = None) -> Tensor:  # noqa: D102
-        along = wide(self.right) @ wide(direction)  # [B, G, T]
-        left = wide(self.left).transpose(0, 1).flatten(1, 2)  # [G, B * T, m]
+    def sum_along(self, direction: Tensor, rows: Some = None) -> Tensor:  # noqa: D102
+        along, left = wide(self.right) @ wide(direction), self.left  # [B, G, T]
+        if left.shape[1] == 1:
+            left, rows = chosen(left, rows, 3), None
+        left = wide(left).transpose(0, 1).flatten(1, 2)  # [G, B * T, m]
         every = left.mT @ along.transpose(0, 1).flatten(1)[..., None]
-        return _chosen(every.flatten(), rows)
+        return chosen(every.flatten(), rows)
 
     def project(self, w: Tensor) -> Tensor:  # noqa: D102
         along = wide(self.right) @ (w if w.ndim == 2 else w[:, None])
@@ -263,9 +266,9 @@ class Rows(Form):
             value = value * per_example(weights, value)
         return _scattered(self.index, value, self.shape[0]).reshape(self.shape)
 
-    def sum_along(self, direction: Tensor, rows: Tensor | None = None) -> Tensor:  # noqa: D102
+    def sum_along(self, direction: Tensor, rows: Some = None) -> Tensor:  # noqa: D102
         every = _scattered(self.index, wide(self.value) @ wide(direction), self.shape[0])
-        return _chosen(every, rows)
+        return chosen(every, rows)
 
     def project(self, w: Tensor) -> Tensor:  # noqa: D102
         along = wide(self.value) @ w
@@ -310,9 +313,9 @@ class Dense(Form):
         grad = wide(self.grad)
         return (grad if weights is None else grad * per_example(weights, grad)).sum(0)
 
-    def sum_along(self, direction: Tensor, rows: Tensor | None = None) -> Tensor:  # noqa: D102
+    def sum_along(self, direction: Tensor, rows: Some = None) -> Tensor:  # noqa: D102
         every = self.sum().reshape(prod(self.shape[:1]), prod(self.shape[1:]))
-        return _chosen(every, rows) @ wide(direction)
+        return chosen(every, rows) @ wide(direction)
 
     def project(self, w: Tensor) -> Tensor:  # noqa: D102
         return self._matrices() @ w
@@ -367,7 +370,7 @@ class Joined(Form):
     def sum(self, weights: Tensor | None = None) -> Tensor:  # noqa: D102
         return sum(part.sum(weights) for part in self.parts)
 
-    def sum_along(self, direction: Tensor, rows: Tensor | None = None) -> Tensor:  # noqa: D102
+    def sum_along(self, direction: Tensor, rows: Some = None) -> Tensor:  # noqa: D102
         return sum(part.sum_along(direction, rows) for part in self.parts)
 
     def project(self, w: Tensor) -> Tensor:  # noqa: D102
@@ -381,6 +384,15 @@ class Joined(Form):
 
     def dense(self) -> Tensor:  # noqa: D102
         return sum(part.dense() for part in self.parts)
+
+
+def chosen(t: Tensor, rows: Some, axis: int = 0) -> Tensor:
+    """`rows` of an axis of t."""
+    if rows is None:
+        return t
+    if isinstance(rows, slice):
+        return t[(slice(None),) * axis + (rows,)]
+    return t.index_select(axis, rows)
 
 
 def inner(a: Form, b: Form) -> Tensor:
@@ -415,10 +427,6 @@ def _merged(parts: tuple[Form, ...]) -> list[Form]:
     if dense:
         merged.append(Dense(torch.stack([wide(p.grad) for p in dense]).sum(0)))
     return merged + [p for p in parts if not isinstance(p, (Outer, Rows, Dense))]
-
-
-def _chosen(t: Tensor, rows: Tensor | None) -> Tensor:
-    return t if rows is None else t.index_select(0, rows)
 
 
 def _regrouped(t: Tensor, batch: int) -> Tensor:  # [N, ...] -> [batch, N / batch, ...]

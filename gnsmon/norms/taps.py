@@ -144,7 +144,8 @@ class LayerTap:
         always = _in_checkpoint()
         if not (always or self.ways and (self.taps.wanted or self.taps.active)):
             return None
-        if not any(p.requires_grad for p in module.parameters(recurse=self.rule is None)):
+        own = module.parameters() if self.rule is None else module._parameters.values()
+        if not any(p is not None and p.requires_grad for p in own):
             return None
         if is_transformed() or coupling(module):
             return None
@@ -310,7 +311,7 @@ class LayerTap:
             return None
         if isinstance(self.module, TOLD_BATCH_FIRST):
             return None if x.ndim == 3 else "its input has no batch axis"
-        if isinstance(x, nn.Parameter) or any(x is b for b in self.taps.model.buffers()):
+        if isinstance(x, nn.Parameter) or self.taps.is_buffer(x):
             return "its input is a parameter or buffer, not data"
         if batch not in self.taps.inner:
             self._seen_apart = self._seen_apart or bool(self.taps.inner)
@@ -654,6 +655,7 @@ class Taps:
     def _begin_pass(self, batch: int | None) -> None:
         self.stale = False
         self.batch = batch
+        self._buffers: set[int] | None = None  # of which objects, known when asked for
         self.inner: tuple[int, ...] = ()  # sizes seen behind the batch: positions, features
         self.forwards += 1
         if not torch.compiler.is_compiling():
@@ -676,6 +678,12 @@ class Taps:
         known = self._orders.get(rows, seen)
         self._orders[rows] = known if seen is None or seen == known else None
         return known if seen is None else seen
+
+    def is_buffer(self, x: Tensor) -> bool:
+        """Whether it is one of the model's."""
+        if self._buffers is None:
+            self._buffers = {id(b) for b in self.model.buffers()}
+        return id(x) in self._buffers
 
     def note_sizes(self, sizes: Sequence[int]) -> None:
         """Remember sizes of axes that are not the batch's."""
