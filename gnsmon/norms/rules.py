@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from gnsmon.norms.contractions import wide, wider
 from gnsmon.norms.convolved import Convolved
 from gnsmon.norms.forms import Dense, Form, Outer, Rows
 
+IN_CACHE = 2**18  # numbers
 Forms = dict[str, Form]
 Rule = Callable[[Any, Any, Tensor], Forms]
 Refuse = Callable[[Any], str | None]
@@ -279,22 +281,22 @@ def _bags(starts: Tensor, total: int) -> tuple[Tensor, Tensor]:
 @rule(nn.LayerNorm)
 def layer_norm(module: nn.LayerNorm, x: Tensor, dy: Tensor) -> Forms:
     """d/d gamma = sum_t dy xhat, d/d beta = sum_t dy."""
-    xhat = F.layer_norm(wide(x), module.normalized_shape, eps=module.eps)
-    return _affine(module, xhat, dy, _to_last(len(module.normalized_shape)))
+    normalised = partial(F.layer_norm, normalized_shape=module.normalized_shape, eps=module.eps)
+    return _affine(module, normalised, x, dy, _to_last(len(module.normalized_shape)))
 
 
 @rule(nn.RMSNorm)
 def rms_norm(module: nn.RMSNorm, x: Tensor, dy: Tensor) -> Forms:
     """d/d gamma = sum_t dy xhat; eps=None means that of the computing dtype, float32 for half."""
-    xhat = F.rms_norm(wide(x), module.normalized_shape, eps=module.eps)
-    return _affine(module, xhat, dy, _to_last(len(module.normalized_shape)))
+    normalised = partial(F.rms_norm, normalized_shape=module.normalized_shape, eps=module.eps)
+    return _affine(module, normalised, x, dy, _to_last(len(module.normalized_shape)))
 
 
 @rule(nn.GroupNorm)
 def group_norm(module: nn.GroupNorm, x: Tensor, dy: Tensor) -> Forms:
     """d/d gamma = sum over positions of dy xhat."""
-    xhat = F.group_norm(wide(x), module.num_groups, eps=module.eps)
-    return _affine(module, xhat, dy, _to_channels)
+    normalised = partial(F.group_norm, num_groups=module.num_groups, eps=module.eps)
+    return _affine(module, normalised, x, dy, _to_channels)
 
 
 @rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -302,10 +304,8 @@ def instance_norm(module: Any, x: Tensor, dy: Tensor) -> Forms:
     """As GroupNorm with a group a channel, or by running statistics where forward takes them."""
     _check_rank(module, x, 1 + module._get_no_batch_dim())
     if module.training or not module.track_running_stats:
-        xhat = F.instance_norm(wide(x), eps=module.eps)
-    else:
-        xhat = _by_running_stats(module, x)
-    return _affine(module, xhat, dy, _to_channels)
+        return _affine(module, partial(F.instance_norm, eps=module.eps), x, dy, _to_channels)
+    return _affine(module, partial(_by_running_stats, module), x, dy, _to_channels)
 
 
 def _batch_statistics(module: Any) -> str | None:
@@ -323,7 +323,7 @@ def batch_norm(module: Any, x: Tensor, dy: Tensor) -> Forms:
     """An affine map of fixed running statistics; refused while it normalises by the batch."""
     if reason := _batch_statistics(module):
         raise ValueError(f"{type(module).__name__}: {reason}")
-    return _affine(module, _by_running_stats(module, x), dy, _to_channels)
+    return _affine(module, partial(_by_running_stats, module), x, dy, _to_channels)
 
 
 @rule(nn.PReLU)
@@ -344,14 +344,25 @@ def _geometry(module: Any) -> tuple[tuple[int, ...], ...]:
 
 
 def _by_running_stats(module: Any, x: Tensor) -> Tensor:
-    x = wide(x)
     stats = module.running_mean.to(x.dtype), module.running_var.to(x.dtype)
     return F.batch_norm(x, *stats, eps=module.eps)
 
 
-def _affine(module: Any, xhat: Tensor, dy: Tensor, total: Callable[[Tensor], Tensor]) -> Forms:
-    weight = {} if module.weight is None else {"weight": Dense(total(dy * xhat))}
-    return weight | _bias(module, dy, total)
+def _affine(
+    module: Any,
+    normalised: Callable[[Tensor], Tensor],
+    x: Tensor,
+    dy: Tensor,
+    total: Callable[[Tensor], Tensor],
+) -> Forms:
+    """Of a layer weight * normalised(x) + bias, a few examples at a time to stay in cache."""
+    if module.weight is None:
+        return _bias(module, dy, total)
+    each = max(dy.numel() // max(len(dy), 1), 1)
+    step = len(dy) if torch.compiler.is_compiling() else max(1, IN_CACHE // each)
+    pieces = zip(x.split(max(step, 1)), dy.split(max(step, 1)), strict=True)
+    weight = torch.cat([total(b * normalised(wide(a))) for a, b in pieces])
+    return {"weight": Dense(weight), **_bias(module, dy, total)}
 
 
 def _bias(module: Any, dy: Tensor, total: Callable[[Tensor], Tensor]) -> Forms:
