@@ -64,10 +64,13 @@ def outer_sum_and_sq_norms(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]
 def _in_turn(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     total = _total(left, right).zero_()
     gradient = torch.empty_like(total, dtype=left.dtype)
+    # A bmm of one matrix is slower than its mm.
+    product, mine = (torch.mm, gradient[0]) if len(total) == 1 else (torch.bmm, gradient)
+    if len(total) == 1:
+        left, right = left[:, 0], right[:, 0]
     norms = []
-    for x, y in zip(left, right, strict=True):
-        for one, a, b in zip(gradient, x, y, strict=True):  # a bmm of one is slower than its mm
-            torch.mm(a.mT, b, out=one)
+    for x, y in zip(left.mT.unbind(), right.unbind(), strict=True):
+        product(x, y, out=mine)
         norms.append(square_sum(gradient))
         total += gradient
     return total, torch.stack(norms)
