@@ -197,9 +197,10 @@ def square_sum(t: Tensor) -> Tensor:
     """
     if t.is_cuda or not t.is_contiguous():
         return wide(t).square().sum()
-    pieces = wide(t).view(-1).split(2**18)
-    if len(pieces) == 1:
-        return torch.dot(pieces[0], pieces[0])
+    flat = wide(t).view(-1)
+    if len(flat) <= 2**18:
+        return torch.dot(flat, flat)
+    pieces = flat.split(2**18)
     return torch.stack([torch.dot(piece, piece) for piece in pieces]).sum()
 
 
@@ -210,7 +211,8 @@ def wide(t: Tensor) -> Tensor:
 
 def wider(dtype: torch.dtype) -> torch.dtype:
     """float32, or `dtype` if that is wider."""
-    return torch.promote_types(dtype, torch.float32)
+    known = dtype in (torch.float32, torch.float64)
+    return dtype if known else torch.promote_types(dtype, torch.float32)
 
 
 def per_example(weights: Tensor, like: Tensor) -> Tensor:

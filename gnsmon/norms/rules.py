@@ -361,7 +361,8 @@ def _affine(
     each = max(dy.numel() // max(len(dy), 1), 1)
     step = len(dy) if torch.compiler.is_compiling() else max(1, IN_CACHE // each)
     pieces = zip(x.split(max(step, 1)), dy.split(max(step, 1)), strict=True)
-    weight = torch.cat([total(b * normalised(wide(a))) for a, b in pieces])
+    sums = [total(b * normalised(wide(a))) for a, b in pieces]
+    weight = sums[0] if len(sums) == 1 else torch.cat(sums)
     return {"weight": Dense(weight), **_bias(module, dy, total)}
 
 

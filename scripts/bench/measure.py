@@ -24,7 +24,7 @@ from bench.workloads import Workload, workloads
 TWIN = "bare, again"
 SETTINGS = {
     "pepgns": {},
-    "pepgns, by taps": {"engine": "taps"},
+    "pepgns, by hooks": {"engine": "hooks"},
     "sketch": {"method": "sketch"},
     "sogns": {"method": "sogns"},
     "norm_layers": {"method": "norm_layers"},
@@ -33,7 +33,7 @@ SETTINGS = {
     'every="auto"': {"every": "auto", "overhead": 0.01},
     "not measured": {"every": UNMEASURED},
 }
-UNDER_COMPILE = (TWIN, "pepgns", "pepgns, by taps", "sketch", "sogns", 'every="auto"')
+UNDER_COMPILE = (TWIN, "pepgns", "pepgns, by hooks", "sketch", "sogns", 'every="auto"')
 
 
 @dataclass(frozen=True)

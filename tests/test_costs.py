@@ -1,0 +1,100 @@
+"""What a step does beside training: operations are counted, nothing is timed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from cases import energy
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gnsmon
+from gnsmon.collectors import per_example
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operators that reach the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.calls[op._overloadpacket._qualified_op_name] += 1
+        return op(*args, **(kwargs or {}))
+
+
+def model_of(layers: int) -> nn.Module:
+    torch.manual_seed(0)
+    pieces = [m for _ in range(layers) for m in (nn.Linear(8, 8), nn.LayerNorm(8), nn.Tanh())]
+    return nn.Sequential(*pieces)
+
+
+def operations(model: nn.Module, optimizer, steps: int = 3) -> Counter[str]:
+    """Of the last of some steps."""
+    batch = torch.randn(4, 5, 8)
+    for step in range(steps):
+        with Operations() if step == steps - 1 else torch.enable_grad() as counter:
+            optimizer.zero_grad()
+            energy(model, batch).backward()
+            optimizer.step()
+    return counter.calls
+
+
+def monitored(layers: int, tmp_path, **settings) -> Counter[str]:
+    model = model_of(layers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gnsmon.attach(model, optimizer, run_dir=tmp_path, strict=True, **settings):
+        return operations(model, optimizer)
+
+
+def bare(layers: int) -> Counter[str]:
+    model = model_of(layers)
+    return operations(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("engine", ["auto", "fused", "hooks"])
+def test_a_step_that_is_not_measured_does_nothing_else(tmp_path, engine):
+    assert monitored(3, tmp_path, every=100, engine=engine) == bare(3)
+
+
+@pytest.mark.parametrize("method", ["pepgns", "sogns", "sketch"])
+def test_nothing_waits_for_the_device_but_one_copy(tmp_path, monkeypatch, method):
+    copies = []
+    original = per_example.to_host
+    monkeypatch.setattr(per_example, "to_host", lambda *a: copies.append(1) or original(*a))
+    calls = monitored(4, tmp_path, every=1, method=method)
+    assert len(copies) == 3  # one a step
+    assert not calls["aten::_local_scalar_dense"] and not calls["aten::nonzero"]
+
+
+@pytest.mark.parametrize(("engine", "most"), [("hooks", 36), ("fused", 42)])
+def test_operations_a_layer(tmp_path, engine, most):
+    """Of a Linear and a LayerNorm together, of 4 examples; views do not count."""
+    few, many = (monitored(n, tmp_path / str(n), every=1, engine=engine) for n in (4, 12))
+    more = few - bare(4), many - bare(12)
+    views = (
+        "view",
+        "alias",
+        "detach",
+        "t",
+        "transpose",
+        "slice",
+        "select",
+        "expand",
+        "unsqueeze",
+        "_unsafe_view",
+        "squeeze",
+        "split",
+        "as_strided",
+        "unbind",
+        "permute",
+    )
+    work = [sum(n for op, n in c.items() if op.split("::")[1] not in views) for c in more]
+    each = (work[1] - work[0]) / 8
+    assert each < most
+    assert work[0] - 4 * each < 30
+    for op in ("aten::cat",):  # put together once a backward, not once a layer
+        assert more[1][op] == more[0][op]
