@@ -70,7 +70,7 @@ def test_nothing_waits_for_the_device_but_one_copy(tmp_path, monkeypatch, method
     assert not calls["aten::_local_scalar_dense"] and not calls["aten::nonzero"]
 
 
-@pytest.mark.parametrize(("engine", "most"), [("hooks", 36), ("fused", 42)])
+@pytest.mark.parametrize(("engine", "most"), [("hooks", 36), ("fused", 46)])
 def test_operations_a_layer(tmp_path, engine, most):
     """Of a Linear and a LayerNorm together, of 4 examples; views do not count."""
     few, many = (monitored(n, tmp_path / str(n), every=1, engine=engine) for n in (4, 12))

@@ -359,11 +359,14 @@ def _affine(
     if module.weight is None:
         return _bias(module, dy, total)
     each = max(dy.numel() // max(len(dy), 1), 1)
-    step = len(dy) if torch.compiler.is_compiling() else max(1, IN_CACHE // each)
-    pieces = zip(x.split(max(step, 1)), dy.split(max(step, 1)), strict=True)
-    sums = [total(b * normalised(wide(a))) for a, b in pieces]
-    weight = sums[0] if len(sums) == 1 else torch.cat(sums)
-    return {"weight": Dense(weight), **_bias(module, dy, total)}
+    step = max(1, len(dy) if torch.compiler.is_compiling() else IN_CACHE // each)
+    weight, bias = [], []
+    for a, b in zip(x.split(step), dy.split(step), strict=True):
+        weight.append(total(b * normalised(wide(a))))
+        if getattr(module, "bias", None) is not None:
+            bias.append(total(b))
+    sums = {"weight": weight, "bias": bias}
+    return {own: Dense(t[0] if len(t) == 1 else torch.cat(t)) for own, t in sums.items() if t}
 
 
 def _bias(module: Any, dy: Tensor, total: Callable[[Tensor], Tensor]) -> Forms:
