@@ -12,6 +12,7 @@ from torch import Tensor
 TILE = 64  # smallest tile of any configuration of the kernel, in either direction
 
 
+@torch.compiler.assume_constant_result
 def available(device: torch.device | str) -> bool:
     """Whether `outer_sum_and_sq_norms` runs on `device`: an Nvidia GPU of 8.0 or later, and Triton.
 

@@ -65,7 +65,7 @@ def _summary(rows: list[dict[str, Any]]) -> Lines:
     for column in columns:
         of_column = [values[cell] for cell in exact if cell[1] == column]
         values[BEST, column] = min(filter(None, of_column), default=None)
-    lines = _head("ratio to the bare step (target)", *columns)
+    lines = _head("ratio to the bare step (goal)", *columns)
     for step in [BEST, *dict.fromkeys(row["step"] for row in rows)]:
         targets = TARGETS.get(step, {})
         targets = (
