@@ -504,7 +504,7 @@ class PerExample:
                 missing[name] = UNUSED
             elif not share.seen[at]:
                 missing[name] = self._unseen(name)
-            elif not gap[at] <= _tolerance(p, bool(share.half[at])):
+            elif self._suspect(name, not gap[at] <= _tolerance(p, bool(share.half[at]))):
                 missing[name] = (
                     f"the gradients of the examples do not add up to .grad (off by "
                     f"{gap[at]:.1%}): the parameter is also used outside its layer's "
@@ -514,6 +514,11 @@ class PerExample:
                     * (self._ranks.size > 1)
                 )
         return missing
+
+    def _suspect(self, name: str, wrong: bool) -> bool:
+        """Whether a parameter's parts are wrong, and so to be looked at in the same rows again."""
+        self.taps.directions[name].suspect = wrong
+        return wrong
 
     def _half(self) -> Array:
         """Of which parameters the statistics come from half precision."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod, sqrt
+from random import Random
 
 import torch
 from torch import Tensor
@@ -26,24 +28,21 @@ class Direction:
         bits = torch.randint(0, 2, (n,), generator=generator)
         signs = (2 * bits - 1) * sqrt(self._total / max(self.count, 1))
         self.signs = signs.to(p.device, wider(p.dtype))
+        self.starts = self._total - self.count + 1  # first rows that there may be
         self.first = 0
-        self._indices = torch.arange(self.count, device=p.device)
+        self.suspect = False  # an error was seen in these rows; they are looked at until it is gone
+        # The same for a compiled graph, to which a number would be a constant.
+        self.first_on_device = torch.zeros((), dtype=torch.long, device=p.device)
+        self._block = torch.arange(self.count, device=p.device)
 
     @property
     def rows(self) -> slice | Tensor | None:
         """The rows that are looked at; None if all are."""
         if self.count == self._total:
             return None
-        if torch.compiler.is_compiling():  # to which the first row would be a constant
-            return self._indices
+        if torch.compiler.is_compiling():
+            return self._block + self.first_on_device
         return slice(self.first, self.first + self.count)
-
-    def draw(self, generator: torch.Generator) -> None:
-        """Other rows, in place, for what a compiled graph has taken in must stay where it is."""
-        if self.count < self._total:
-            first = int(torch.randint(self._total - self.count + 1, (), generator=generator))
-            self._indices += first - self.first
-            self.first = first
 
     def along(self, gradient: Tensor, start: int = 0) -> tuple[int, Tensor]:
         """The rows times d, of those which a gradient has that begins at row `start`.
@@ -53,9 +52,26 @@ class Direction:
         dense = gradient.to_dense() if gradient.is_sparse else gradient
         # Not -1, for there may be no numbers at all.
         matrix = dense.detach().reshape(dense.shape[0] if dense.ndim else 1, len(self.signs))
-        before = min(max(0, start - self.first), self.count)
-        if torch.compiler.is_compiling() and self.rows is not None:
-            some = matrix.index_select(0, self._indices)
+        rows, before = self.rows, 0
+        if isinstance(rows, Tensor):
+            some = matrix.index_select(0, rows)
         else:
+            before = min(max(0, start - self.first), self.count)
             some = matrix[max(0, self.first - start) : max(0, self.first + self.count - start)]
         return before, some.to(self.signs.dtype) @ self.signs
+
+
+def share_memory(directions: Sequence[Direction]) -> Tensor:
+    """The first rows of all [n], in one tensor of which each direction then has its own."""
+    firsts = torch.stack([direction.first_on_device for direction in directions])
+    for direction, first in zip(directions, firsts, strict=True):
+        direction.first_on_device = first
+    return firsts
+
+
+def look_elsewhere(directions: Sequence[Direction], firsts: Tensor, chance: Random) -> None:
+    """Draw other rows for all, in place, for what a compiled graph has taken in must stay put."""
+    for direction in directions:
+        first = chance.randrange(direction.starts)
+        direction.first = direction.first if direction.suspect else first
+    firsts.copy_(torch.tensor([direction.first for direction in directions]))

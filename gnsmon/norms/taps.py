@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from gnsmon.norms import fused, links, plans
 from gnsmon.norms.contractions import wider
-from gnsmon.norms.directions import Direction
+from gnsmon.norms.directions import Direction, look_elsewhere, share_memory
 from gnsmon.norms.forms import Form
 from gnsmon.norms.inputs import Announce, Inert, in_backward, is_transformed, read_batch
 from gnsmon.norms.layout import (
@@ -536,6 +537,12 @@ class Taps:
         }
         for tap in self.layers:  # the uses of one parameter along one direction
             tap.directions = {own: self.directions[name] for own, name in tap.pairs()}
+        self._chance = Random(0)  # the same on all ranks
+        by_device: dict[torch.device, list[Direction]] = {}
+        for direction in self.directions.values():
+            if direction.starts > 1:
+                by_device.setdefault(direction.signs.device, []).append(direction)
+        self._sampled = [(some, share_memory(some)) for some in by_device.values()]
         self.forwards = 0  # since the last backward
         self.serial = 0  # of the present forward, eager only
         self.square = False  # the batch is as large as another axis of the input
@@ -574,8 +581,8 @@ class Taps:
         for tap in self.layers:
             tap.ways = ways(tap) if measure else ()
         if measure:
-            for direction in self.directions.values():
-                direction.draw(self.generator)
+            for directions, firsts in self._sampled:
+                look_elsewhere(directions, firsts, self._chance)
         self.draw()
 
     def draw(self) -> None:
