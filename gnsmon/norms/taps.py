@@ -186,7 +186,7 @@ class LayerTap:
             # Known inside a checkpoint only when it is computed again, it would save other tensors.
             if layout is None or in_backward():
                 return False
-            self._taken[shapes] = self._pays(x, y, layout)
+            self._taken[shapes] = bool(self.taps.guarded(self._pays, x, y, layout))
         return self._taken[shapes]
 
     def _pays(self, x: tuple[Tensor, ...], y: Tensor, layout: Layout) -> bool:
