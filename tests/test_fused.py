@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import types
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from torch.utils.flop_counter import flop_registry
 
 import gnsmon
@@ -547,3 +552,70 @@ def test_gradients_of_several_outputs_at_once():
     gns, _ = attach(model, strict=False)
     with gns:
         torch.testing.assert_close(jacobian(), bare, **CLOSE)
+
+
+def save_all(context, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE
+
+
+class Attention(nn.Module):
+    """All that is computed in it is kept for when it is computed again."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = (nn.Linear(16, 16, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = partial(create_selective_checkpoint_contexts, save_all)
+        return checkpoint(self.inside, x, use_reentrant=False, context_fn=keep)
+
+    def inside(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        return self.down(((h @ h.mT).softmax(-1) @ h).tanh())
+
+
+def test_the_clock_is_no_part_of_what_a_selective_checkpoint_keeps(monkeypatch):
+    monkeypatch.setattr(plans, "_timed", {})
+    monkeypatch.setattr(plans, "SMALL", 0)
+    torch.manual_seed(0)
+    model, x = Attention().double(), torch.randn(4, 20, 16, dtype=torch.float64)
+    energy(model, x).backward()
+    bare = gradients(model)
+    _, found, reading = measured(model, energy, x, "auto")
+    assert plans._timed
+    torch.testing.assert_close(found, bare, **CLOSE)
+    assert reading.coverage == 1.0
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.sent = nn.Linear(6, 6), 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        some = checkpoint(self.layer, x[: self.sent], use_reentrant=False)
+        return torch.cat([some, x[self.sent :]])
+
+
+@pytest.mark.filterwarnings("ignore:gnsmon")
+def test_a_checkpoint_of_rows_that_were_not_understood_at_first():
+    torch.manual_seed(0)
+    model, x = Expert(), torch.randn(4, 6, requires_grad=True)
+    gns, _ = attach(model, strict=False)
+    with gns:
+        model.sent = 3
+        energy(model, x).backward()
+        model.sent = 4  # which may be all examples or four of their rows, once more
+        (energy(model, x) + energy(model, 2 * x)).backward()
+
+
+def test_a_sparse_input():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 3)), torch.randn(4, 6)
+    energy(model, x).backward()
+    bare = gradients(model)
+    gns, _ = attach(model, strict=False)
+    with gns:
+        model.zero_grad()
+        energy(model, x.to_sparse()).backward()
+    torch.testing.assert_close(gradients(model), bare)

@@ -98,7 +98,8 @@ def able(tap: LayerTap, x: tuple[Tensor, ...]) -> bool:
         return False
     first = next(iter(module._forward_hooks.values()), None)
     plain = all(type(t.data) is Tensor for t in (x[0], own["weight"]))
-    return first is tap and plain and own["weight"].requires_grad and x[0].is_floating_point()
+    usual = x[0].is_floating_point() and x[0].layout == torch.strided
+    return first is tap and plain and usual and own["weight"].requires_grad
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from gnsmon.norms import fused, links, plans
 from gnsmon.norms.contractions import wider
@@ -184,9 +185,12 @@ class LayerTap:
         shapes = x[0].shape, y.shape, y.dtype
         if shapes not in self._taken:
             # Known inside a checkpoint only when it is computed again, it would save other tensors.
-            if layout is None or in_backward():
+            if in_backward() or not self.ways:
                 return False
-            self._taken[shapes] = bool(self.taps.guarded(self._pays, x, y, layout))
+            # What a selective checkpoint keeps is told apart by its order: the clock is no part.
+            with _disable_current_modes():
+                pays = layout is not None and self.taps.guarded(self._pays, x, y, layout)
+            self._taken[shapes] = bool(pays)
         return self._taken[shapes]
 
     def _pays(self, x: tuple[Tensor, ...], y: Tensor, layout: Layout) -> bool:
