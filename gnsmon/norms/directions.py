@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod, sqrt
+from math import ceil, prod, sqrt
 
 import torch
 from torch import Tensor
@@ -17,14 +17,16 @@ class Direction:
     """A direction d of random signs behind the first axis of a parameter, for a block of its rows.
 
     E |e d|^2 = |e|^2 for any error e of a sum, so that it shows. Of a large parameter only some
-    rows are looked at, others each time, and made as much larger that the expectation stays.
+    rows are looked at, others each time, and made as much larger that the expectation stays: one of
+    equal blocks, for a block from just anywhere would seldom hold the first rows.
     """
 
     def __init__(self, p: Tensor, generator: torch.Generator):
         n, self._total = prod(p.shape[1:]), p.shape[0] if p.ndim else 1
-        self.count = min(self._total, max(LEAST, NUMBERS // max(n, 1)))
+        self._blocks = max(1, ceil(self._total / max(LEAST, NUMBERS // max(n, 1))))
+        self.count = ceil(self._total / self._blocks)
         bits = torch.randint(0, 2, (n,), generator=generator)
-        signs = (2 * bits - 1) * sqrt(self._total / max(self.count, 1))
+        signs = (2 * bits - 1) * sqrt(self._blocks)
         self.signs = signs.to(p.device, wider(p.dtype))
         self.first = 0
         self._indices = torch.arange(self.count, device=p.device)
@@ -41,7 +43,8 @@ class Direction:
     def draw(self, generator: torch.Generator) -> None:
         """Other rows, in place, for what a compiled graph has taken in must stay where it is."""
         if self.count < self._total:
-            first = int(torch.randint(self._total - self.count + 1, (), generator=generator))
+            block = int(torch.randint(self._blocks, (), generator=generator))
+            first = min(block * self.count, self._total - self.count)
             self._indices += first - self.first
             self.first = first
 
