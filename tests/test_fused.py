@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+import types
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +13,13 @@ import torch.nn.functional as F
 from cases import LAYERS, by_name, energy
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from torch.utils.flop_counter import flop_registry
 
 import gnsmon
@@ -371,3 +378,247 @@ def test_a_layer_is_timed_once(untimed, monkeypatch):
             energy(model, x).backward()
             optimizer.step()
     assert len(times) == 3 * (1 + len([p for p in Outer.plans if p != "kernel"]))
+
+
+class Around(nn.Module):
+    """A function of layers and an input."""
+
+    def __init__(self, call, *layers: nn.Module):
+        super().__init__()
+        self.call, self.layers = call, nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x, *self.layers)
+
+
+class Double(nn.Module):
+    def forward(self, t: Tensor) -> Tensor:
+        return 2 * t
+
+
+def circular(module: nn.Module) -> None:
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+    module._conv_forward = types.MethodType(forward, module)
+
+
+def dilated(x: Tensor, layer: nn.Module) -> Tensor:
+    outputs = []
+    for d in (1, 2):
+        layer.dilation = layer.padding = (d, d)
+        outputs.append(d * layer(x))
+    return torch.stack(outputs, 1).tanh()
+
+
+def once_dilated(x: Tensor, layer: nn.Module) -> Tensor:
+    usual, layer.dilation = layer.dilation, (2, 2)
+    y, layer.dilation = layer(x), usual
+    return y
+
+
+def changed(layer: nn.Module, change) -> nn.Module:
+    change(layer)
+    return nn.Sequential(layer)
+
+
+# What a layer may be made to do that is known neither from its type nor from its parameters.
+ODD = {
+    "a vector of as many outputs as examples": (
+        lambda: Around(lambda x, a, b: a(x) + b(x.mean(0))[:, None], *two(3, 4)),
+        (4, 6),
+    ),
+    "an image of as many channels as examples": (
+        lambda: Around(
+            lambda x, a, b: a(x) + b(x[0])[:, None], nn.Conv2d(2, 1, 3), nn.Conv2d(2, 4, 3)
+        ),
+        (4, 2, 5, 5),
+    ),
+    "output_size": (
+        lambda: Around(
+            lambda x, a: a(x, output_size=[17, 16]), nn.ConvTranspose2d(3, 5, 3, stride=3)
+        ),
+        (4, 3, 5, 5),
+    ),
+    "pruned bias": (
+        lambda: changed(nn.Linear(6, 6), lambda a: prune.l1_unstructured(a, "bias", amount=0.5)),
+        (4, 5, 6),
+    ),
+    "parametrized bias": (
+        lambda: changed(
+            nn.Linear(6, 6), lambda a: parametrize.register_parametrization(a, "bias", Double())
+        ),
+        (4, 5, 6),
+    ),
+    "a method of its own": (lambda: changed(nn.Conv2d(2, 3, 3), circular), (4, 2, 5, 5)),
+    "settings of each call": (lambda: Around(dilated, nn.Conv2d(2, 3, 3)), (4, 2, 7, 7)),
+    "settings of a call": (lambda: Around(once_dilated, nn.Conv2d(2, 3, 3)), (4, 2, 7, 7)),
+}
+
+
+def two(*outputs: int) -> list[nn.Module]:
+    return [nn.Linear(6, n) for n in outputs]
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.filterwarnings("ignore:gnsmon")
+def test_an_odd_layer_trains_as_ever(name):
+    make, shape = ODD[name]
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(make().double())
+    model, bare = models
+    batch = torch.randn(shape, dtype=torch.float64)
+    gns, optimizer = attach(model, strict=False)
+    with gns:
+        for _ in range(3):
+            given = []
+            for each in (model, bare):
+                each.zero_grad()
+                x = batch.clone().requires_grad_()
+                energy(each, x).backward()
+                given.append({**gradients(each), "input": x.grad})
+            torch.testing.assert_close(*given, **CLOSE)
+            optimizer.step()
+
+
+def test_settings_that_change_after_the_call_are_those_of_the_call():
+    torch.manual_seed(0)
+    model = Around(once_dilated, nn.Conv2d(2, 3, 3)).double()
+    nodes, _, reading = measured(model, energy, torch.randn(4, 2, 7, 7, dtype=torch.float64))
+    assert nodes == 1
+    assert reading.coverage == 1.0
+    assert model.layers[0].dilation == (1, 1)
+
+
+def test_a_forward_set_on_the_type_keeps_its_own_backward(monkeypatch):
+    half = lambda layer, x: F.linear(x, 0.5 * layer.weight, layer.bias)  # noqa: E731
+    monkeypatch.setattr(nn.Linear, "forward", half)
+    model, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(4, 5, 6)
+    energy(model, x).backward()
+    bare = gradients(model)
+    gns, _ = attach(model, strict=False)
+    with gns:
+        model.zero_grad()
+        energy(model, x).backward()
+    torch.testing.assert_close(gradients(model), bare)
+
+
+def test_a_weight_that_changes_where_backward_does_not_read_it():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(4, 5, 6)
+    energy(model, x).backward()
+    bare = gradients(model)
+    gns, optimizer = attach(model)
+    with gns:
+        model.zero_grad()
+        loss = energy(model, x)
+        with torch.no_grad():
+            model[0].weight.mul_(0.5)
+        loss.backward()
+        torch.testing.assert_close(gradients(model), bare)
+        optimizer.step()
+        assert gns.reading.coverage == 1.0
+
+
+def test_a_clock_that_fails_leaves_training_alone(untimed, monkeypatch):
+    def fail(run):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(plans, "_seconds", fail)
+    model = nn.Sequential(nn.Linear(256, 256))
+    gns, optimizer = attach(model, "auto", strict=False)
+    with gns:
+        for step in range(2):
+            model.zero_grad()
+            energy(model, torch.randn(8, 64, 256)).backward()
+            assert model[0].weight.grad is not None
+            with pytest.warns(RuntimeWarning, match="no memory") if step == 0 else nullcontext():
+                optimizer.step()
+        assert gns.reading.coverage == 1.0
+
+
+def test_gradients_of_several_outputs_at_once():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x = torch.randn(4, 5, 6, dtype=torch.float64)
+
+    def jacobian() -> tuple[Tensor, ...]:
+        outputs, each = model(x).sum((0, 1)), torch.eye(3).double()
+        return torch.autograd.grad(outputs, [*model.parameters()], each, is_grads_batched=True)
+
+    bare = jacobian()
+    gns, _ = attach(model, strict=False)
+    with gns:
+        torch.testing.assert_close(jacobian(), bare, **CLOSE)
+
+
+def save_all(context, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE
+
+
+class Attention(nn.Module):
+    """All that is computed in it is kept for when it is computed again."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = (nn.Linear(16, 16, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = partial(create_selective_checkpoint_contexts, save_all)
+        return checkpoint(self.inside, x, use_reentrant=False, context_fn=keep)
+
+    def inside(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        return self.down(((h @ h.mT).softmax(-1) @ h).tanh())
+
+
+def test_the_clock_is_no_part_of_what_a_selective_checkpoint_keeps(monkeypatch):
+    monkeypatch.setattr(plans, "_timed", {})
+    monkeypatch.setattr(plans, "SMALL", 0)
+    torch.manual_seed(0)
+    model, x = Attention().double(), torch.randn(4, 20, 16, dtype=torch.float64)
+    energy(model, x).backward()
+    bare = gradients(model)
+    _, found, reading = measured(model, energy, x, "auto")
+    assert plans._timed
+    torch.testing.assert_close(found, bare, **CLOSE)
+    assert reading.coverage == 1.0
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.sent = nn.Linear(6, 6), 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        some = checkpoint(self.inside, x[: self.sent], use_reentrant=False)
+        return torch.cat([some, x[self.sent :]])
+
+    def inside(self, x: Tensor) -> Tensor:
+        return self.layer(x).tanh()
+
+
+@pytest.mark.filterwarnings("ignore:gnsmon")
+def test_a_checkpoint_of_rows_that_were_not_understood_at_first():
+    torch.manual_seed(0)
+    model, x = Expert(), torch.randn(4, 6, requires_grad=True)
+    gns, _ = attach(model, strict=False)
+    with gns:
+        model.sent = 3
+        energy(model, x).backward()
+        model.sent = 4  # which may be all examples or four of their rows, once more
+        (energy(model, x) + energy(model, 2 * x)).backward()
+
+
+def test_a_sparse_input():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 3)), torch.randn(4, 6)
+    energy(model, x).backward()
+    bare = gradients(model)
+    gns, _ = attach(model, strict=False)
+    with gns:
+        model.zero_grad()
+        energy(model, x.to_sparse()).backward()
+    torch.testing.assert_close(gradients(model), bare)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod, sqrt
+from math import ceil, prod, sqrt
 from random import Random
 
 import torch
@@ -19,16 +19,17 @@ class Direction:
     """A direction d of random signs behind the first axis of a parameter, for a block of its rows.
 
     E |e d|^2 = |e|^2 for any error e of a sum, so that it shows. Of a large parameter only some
-    rows are looked at, others each time, and made as much larger that the expectation stays.
+    rows are looked at, others each time, and made as much larger that the expectation stays: one of
+    equal blocks, for a block from just anywhere would seldom hold the first rows.
     """
 
     def __init__(self, p: Tensor, generator: torch.Generator):
         n, self._total = prod(p.shape[1:]), p.shape[0] if p.ndim else 1
-        self.count = min(self._total, max(LEAST, NUMBERS // max(n, 1)))
+        self.blocks = max(1, ceil(self._total / max(LEAST, NUMBERS // max(n, 1))))
+        self.count = ceil(self._total / self.blocks)
         bits = torch.randint(0, 2, (n,), generator=generator)
-        signs = (2 * bits - 1) * sqrt(self._total / max(self.count, 1))
+        signs = (2 * bits - 1) * sqrt(self.blocks)
         self.signs = signs.to(p.device, wider(p.dtype))
-        self.starts = self._total - self.count + 1  # first rows that there may be
         self.first = 0
         self.suspect = False  # an error was seen in these rows; they are looked at until it is gone
         # The same for a compiled graph, to which a number would be a constant.
@@ -43,6 +44,11 @@ class Direction:
         if torch.compiler.is_compiling():
             return self._block + self.first_on_device
         return slice(self.first, self.first + self.count)
+
+    def look_at(self, block: int) -> None:
+        """The rows of a block, if an error is not looked into; the last one ends with the last."""
+        if not self.suspect:
+            self.first = min(block * self.count, self._total - self.count)
 
     def along(self, gradient: Tensor, start: int = 0) -> tuple[int, Tensor]:
         """The rows times d, of those which a gradient has that begins at row `start`.
@@ -72,6 +78,5 @@ def share_memory(directions: Sequence[Direction]) -> Tensor:
 def look_elsewhere(directions: Sequence[Direction], firsts: Tensor, chance: Random) -> None:
     """Draw other rows for all, in place, for what a compiled graph has taken in must stay put."""
     for direction in directions:
-        first = chance.randrange(direction.starts)
-        direction.first = direction.first if direction.suspect else first
+        direction.look_at(chance.randrange(direction.blocks))
     firsts.copy_(torch.tensor([direction.first for direction in directions]))

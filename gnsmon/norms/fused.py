@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,6 +13,10 @@ from gnsmon.norms.layout import Layout
 
 if TYPE_CHECKING:
     from gnsmon.norms.taps import LayerTap
+
+
+# Of a convolution, read again in its backward.
+SETTINGS = ("stride", "padding", "dilation", "groups", "output_padding")
 
 
 class _Unpacked(NamedTuple):
@@ -37,8 +43,11 @@ class FusedTap(torch.autograd.Function):
         bias: Tensor | None,
     ) -> Tensor:
         """`y`, which is the layer's output; the others are its arguments."""
-        ctx.save_for_backward(x, weight)
-        ctx.tap, ctx.layout = tap, layout
+        # Where autograd does not read the weight's values, they may change before the backward.
+        read = torch.compiler.is_compiling() or x.requires_grad
+        ctx.save_for_backward(x, weight if read else None)
+        ctx.tap, ctx.layout, ctx.weight_shape = tap, layout, weight.shape
+        ctx.settings = {} if torch.compiler.is_compiling() else _settings(tap.module)
         ctx.set_materialize_grads(False)
         if torch.compiler.is_compiling():
             return y.clone()
@@ -50,23 +59,10 @@ class FusedTap(torch.autograd.Function):
         """The gradients of forward's arguments."""
         if dy is None:
             return (None,) * 7
-        x, weight = ctx.saved_tensors
-        statistics, sums = None, {}
-        if ctx.layout is not None:
-            with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
-                statistics = ctx.tap.statistics(_Unpacked((x,)), dy, ctx.layout, sums)
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            sums = {}
-        wanted = ctx.needs_input_grad[4:]
-        missing = tuple(
-            need and own not in sums
-            for need, own in zip(wanted, ("input", "weight", "bias"), strict=True)
-        )
-        with torch.autocast(dy.device.type, enabled=False):
-            dx, *usual = ctx.tap.backward(ctx.tap.module, x, dy, weight, missing)
-        given = [sums.get(own, grad) for own, grad in zip(("weight", "bias"), usual, strict=True)]
-        given = [g if need else None for g, need in zip(given, wanted[1:], strict=True)]
-        return None, statistics, None, None, dx, *given
+        if torch.compiler.is_compiling():
+            return _gradients(ctx, dy)
+        with _set(ctx.tap.module, ctx.settings):
+            return _gradients(ctx, dy)
 
 
 def tapped(
@@ -90,12 +86,55 @@ def able(tap: LayerTap, x: tuple[Tensor, ...]) -> bool:
     module, own = tap.module, tap.module._parameters
     if tap.backward is None or len(x) != 1 or own.get("weight") is None:
         return False
+    if "bias" not in own:  # pruned or parametrized, it is a tensor made of others
+        return False
     if getattr(module, "padding_mode", "zeros") != "zeros":
         return False
     if isinstance(getattr(module, "padding", None), str):
         return False
-    if "forward" in vars(module) or nn.modules.module._global_forward_hooks:
+    if "forward" in vars(module) or "_conv_forward" in vars(module):
+        return False
+    if nn.modules.module._global_forward_hooks:
         return False
     first = next(iter(module._forward_hooks.values()), None)
     plain = all(type(t.data) is Tensor for t in (x[0], own["weight"]))
-    return first is tap and plain and own["weight"].requires_grad and x[0].is_floating_point()
+    usual = x[0].is_floating_point() and x[0].layout == torch.strided
+    return first is tap and plain and usual and own["weight"].requires_grad
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    own = vars(module)
+    return {name: own[name] for name in SETTINGS if name in own}
+
+
+@contextmanager
+def _set(module: nn.Module, settings: dict[str, Any]) -> Iterator[None]:
+    """The module as a call had it: a layer may be given others for each call."""
+    now = _settings(module)
+    vars(module).update(settings)
+    try:
+        yield
+    finally:
+        vars(module).update(now)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    if weight is None:
+        weight = dy.new_empty(1).expand(ctx.weight_shape)  # its shape alone is read
+    statistics, sums = None, {}
+    if ctx.layout is not None:
+        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+            statistics = ctx.tap.statistics(_Unpacked((x,)), dy, ctx.layout, sums)
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        sums = {}
+    wanted = ctx.needs_input_grad[4:]
+    missing = tuple(
+        need and own not in sums
+        for need, own in zip(wanted, ("input", "weight", "bias"), strict=True)
+    )
+    with torch.autocast(dy.device.type, enabled=False):
+        dx, *usual = ctx.tap.backward(ctx.tap.module, x, dy, weight, missing)
+    given = [sums.get(own, grad) for own, grad in zip(("weight", "bias"), usual, strict=True)]
+    given = [g if need else None for g, need in zip(given, wanted[1:], strict=True)]
+    return None, statistics, None, None, dx, *given

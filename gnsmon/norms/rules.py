@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from gnsmon.norms.convolved import Convolved
 from gnsmon.norms.forms import Dense, Form, Outer, Rows
 
 IN_CACHE = 2**18  # numbers
+METHODS = ("forward", "_conv_forward")  # that a layer computes with
 Forms = dict[str, Form]
 Rule = Callable[[Any, Any, Tensor], Forms]
 Refuse = Callable[[Any], str | None]
@@ -79,9 +81,9 @@ def find_rule(module: nn.Module) -> Rule | None:
 
 
 def find_backward(module: nn.Module) -> Backward | None:
-    """The backward of `module`'s type, found as its rule is."""
+    """The backward of `module`'s type, found as its rule is; None if its forward was replaced."""
     entry = _in_use(type(module))
-    return None if entry is None else entry.backward
+    return None if entry is None or not _as_written(type(module)) else entry.backward
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -112,18 +114,33 @@ def _entry(kind: type) -> _Entry | None:
 
 
 def _same_forward(kind: type, base: type) -> bool:
-    methods = ("forward", "_conv_forward")
-    return all(getattr(kind, name, None) is getattr(base, name, None) for name in methods)
+    return all(getattr(kind, name, None) is getattr(base, name, None) for name in METHODS)
+
+
+def _as_written(kind: type) -> bool:
+    """Whether the methods that a layer computes with stand in the class that has them."""
+    for name in METHODS:
+        for base in kind.__mro__:
+            if name in vars(base):
+                method = vars(base)[name]
+                own = f"{base.__module__}.{base.__qualname__}.{name}"
+                if f"{method.__module__}.{method.__qualname__}" != own:
+                    return False
+                if hasattr(method, "__wrapped__"):
+                    return False
+                break
+    return True
 
 
 def _linear_backward(
     module: Any, x: Tensor, dy: Tensor, weight: Tensor, wanted: Mask
 ) -> tuple[Tensor | None, ...]:
-    rows, to_bias = dy.flatten(0, -2), wanted[2]
+    # Not flattened, which autograd's own vmap refuses.
+    x, rows = (t.reshape(prod(t.shape[:-1]), t.shape[-1]) for t in (x.to(dy.dtype), dy))
     return (
         dy @ weight.to(dy.dtype) if wanted[0] else None,
-        (x.to(dy.dtype).flatten(0, -2).mT @ rows).mT if wanted[1] else None,
-        rows.sum(0) if to_bias else None,
+        (x.mT @ rows).mT if wanted[1] else None,
+        rows.sum(0) if wanted[2] else None,
     )
 
 
@@ -161,8 +178,14 @@ def bilinear(module: nn.Bilinear, x: tuple[Tensor, Tensor], dy: Tensor) -> Forms
 def _conv_backward(
     module: Any, x: Tensor, dy: Tensor, weight: Tensor, wanted: Mask
 ) -> tuple[Tensor | None, ...]:
-    output_padding = list(module.output_padding)
+    output_padding = [0] * len(module.stride)
     padding, geometry = list(module.padding), (list(module.stride), list(module.dilation))
+    if module.transposed:  # as forward's output_size may have it
+        sizes = zip(x.shape[2:], dy.shape[2:], *_geometry(module), padding, strict=True)
+        output_padding = [
+            out - (stride * (n - 1) + dilation * (k - 1) + 1 - 2 * pad)
+            for n, out, k, stride, dilation, pad in sizes
+        ]
     return torch.ops.aten.convolution_backward(
         dy,
         x.to(dy.dtype),

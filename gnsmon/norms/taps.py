@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from gnsmon.norms import fused, links, plans
 from gnsmon.norms.contractions import wider
@@ -185,9 +186,12 @@ class LayerTap:
         shapes = x[0].shape, y.shape, y.dtype
         if shapes not in self._taken:
             # Known inside a checkpoint only when it is computed again, it would save other tensors.
-            if layout is None or in_backward():
+            if in_backward() or not self.ways:
                 return False
-            self._taken[shapes] = self._pays(x, y, layout)
+            # What a selective checkpoint keeps is told apart by its order: the clock is no part.
+            with _disable_current_modes():
+                pays = layout is not None and self.taps.guarded(self._pays, x, y, layout)
+            self._taken[shapes] = bool(pays)
         return self._taken[shapes]
 
     def _pays(self, x: tuple[Tensor, ...], y: Tensor, layout: Layout) -> bool:
@@ -540,7 +544,7 @@ class Taps:
         self._chance = Random(0)  # the same on all ranks
         by_device: dict[torch.device, list[Direction]] = {}
         for direction in self.directions.values():
-            if direction.starts > 1:
+            if direction.blocks > 1:
                 by_device.setdefault(direction.signs.device, []).append(direction)
         self._sampled = [(some, share_memory(some)) for some in by_device.values()]
         self.forwards = 0  # since the last backward
