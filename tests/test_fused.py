@@ -622,3 +622,26 @@ def test_a_sparse_input():
         model.zero_grad()
         energy(model, x.to_sparse()).backward()
     torch.testing.assert_close(gradients(model), bare)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:The .grad attribute")
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_sizes_that_are_symbols_of_a_compiled_graph(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3) if kind == "conv" else nn.Linear(6, 3)).double()
+    shapes = [(4, 2, 8, 8), (6, 2, 9, 7)] if kind == "conv" else [(4, 5, 6), (3, 7, 6)]
+    bare, (gns, optimizer) = [], attach(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    with gns:
+        for shape in shapes:
+            x = torch.randn(shape, dtype=torch.float64)
+            model.zero_grad()
+            energy(compiled, x).backward()
+            found = gradients(model)
+            optimizer.step()
+            assert gns.reading.coverage == 1.0
+            bare.append((x, found))
+    for x, found in bare:
+        model.zero_grad()
+        energy(model, x).backward()
+        torch.testing.assert_close(found, gradients(model), **CLOSE)

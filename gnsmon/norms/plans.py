@@ -13,7 +13,7 @@ from torch import Tensor
 
 SMALL = 2**24  # multiply-adds of a sum over the batch below which a clock is not worth its time
 HOPELESS = 12.0  # times the least work: not even timed
-FREE = 0.1  # of a product's time is what squaring it in between costs
+FREE = 10  # times what squaring a product in between costs is the time of the product
 
 
 class Plan(NamedTuple):
@@ -97,7 +97,7 @@ def _counted(form: Planned, fusable: bool) -> tuple[str, float]:
     for name, plan in form.plans.items():  # min(..., key=...) breaks a graph (torch 2.13)
         extra = plan.work(form)
         if fusable and plan.fused is not None:
-            extra -= form.sum_work * (1 - FREE)
+            extra -= form.sum_work - form.sum_work // FREE  # floats would not trace (torch 2.13)
         if extra < least:
             best, least = name, extra
     return best, least
