@@ -356,6 +356,14 @@ def test_the_fastest_plan_is_taken_less_what_the_sum_costs_anyway(untimed, gram,
     assert plans.chosen(Outer(form.left[:3], form.right[:3]), fusable=True) is form.plans[wins]
 
 
+def test_a_plan_that_is_far_behind_is_timed_once(untimed, monkeypatch):
+    untimed.update(sum=1.0, direct=1.2, gram=9.0)
+    runs, clock = [], plans._seconds
+    monkeypatch.setattr(plans, "_seconds", lambda run: runs.append(clock(run)) or runs[-1])
+    plans.tune(big())
+    assert (runs.count(1.0), runs.count(1.2), runs.count(9.0)) == (3, 3, 1)
+
+
 def test_nothing_is_timed_where_runs_must_not_differ(untimed):
     untimed.update(sum=1.0, direct=9.0, gram=0.1)
     torch.use_deterministic_algorithms(True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 SMALL = 2**24  # multiply-adds of a sum over the batch below which a clock is not worth its time
 HOPELESS = 12.0  # times the least work: not even timed
+BEHIND = 3.0  # times the fastest, with the sum: not timed again
 FREE = 10  # times what squaring a product in between costs is the time of the product
 
 
@@ -73,16 +74,18 @@ def tune(form: Planned, *, repeats: int = 3) -> None:
         return
     least = min(plan.work(form) for plan in form.plans.values())
     seconds: dict[str, list[float]] = {}
+    tried = [name for name, plan in form.plans.items() if plan.work(form) <= HOPELESS * least]
     for _ in range(repeats):
         usual = _seconds(form.sum)
-        for name, plan in form.plans.items():
-            if plan.work(form) > HOPELESS * least:
-                continue
+        for name in tried:
+            plan = form.plans[name]
             if plan.fused is None:
                 took = _seconds(partial(plan.sq_norms, form))
             else:
                 took = _seconds(partial(plan.fused, form)) - usual
             seconds.setdefault(name, []).append(took)
+        limit = BEHIND * (min(map(min, seconds.values())) + usual)
+        tried = [name for name in tried if min(seconds[name]) + usual <= limit]
     _timed[key] = min(seconds, key=lambda name: min(seconds[name]))  # others may hold the cores
 
 
