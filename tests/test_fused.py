@@ -356,6 +356,14 @@ def test_the_fastest_plan_is_taken_less_what_the_sum_costs_anyway(untimed, gram,
     assert plans.chosen(Outer(form.left[:3], form.right[:3]), fusable=True) is form.plans[wins]
 
 
+def test_a_plan_that_is_far_behind_is_timed_once(untimed, monkeypatch):
+    untimed.update(sum=1.0, direct=1.2, gram=9.0)
+    runs, clock = [], plans._seconds
+    monkeypatch.setattr(plans, "_seconds", lambda run: runs.append(clock(run)) or runs[-1])
+    plans.tune(big())
+    assert (runs.count(1.0), runs.count(1.2), runs.count(9.0)) == (3, 3, 1)
+
+
 def test_nothing_is_timed_where_runs_must_not_differ(untimed):
     untimed.update(sum=1.0, direct=9.0, gram=0.1)
     torch.use_deterministic_algorithms(True)
@@ -622,3 +630,26 @@ def test_a_sparse_input():
         model.zero_grad()
         energy(model, x.to_sparse()).backward()
     torch.testing.assert_close(gradients(model), bare)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore:The .grad attribute")
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_sizes_that_are_symbols_of_a_compiled_graph(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3) if kind == "conv" else nn.Linear(6, 3)).double()
+    shapes = [(4, 2, 8, 8), (6, 2, 9, 7)] if kind == "conv" else [(4, 5, 6), (3, 7, 6)]
+    bare, (gns, optimizer) = [], attach(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    with gns:
+        for shape in shapes:
+            x = torch.randn(shape, dtype=torch.float64)
+            model.zero_grad()
+            energy(compiled, x).backward()
+            found = gradients(model)
+            optimizer.step()
+            assert gns.reading.coverage == 1.0
+            bare.append((x, found))
+    for x, found in bare:
+        model.zero_grad()
+        energy(model, x).backward()
+        torch.testing.assert_close(found, gradients(model), **CLOSE)

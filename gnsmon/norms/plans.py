@@ -13,7 +13,8 @@ from torch import Tensor
 
 SMALL = 2**24  # multiply-adds of a sum over the batch below which a clock is not worth its time
 HOPELESS = 12.0  # times the least work: not even timed
-FREE = 0.1  # of a product's time is what squaring it in between costs
+BEHIND = 3.0  # times the fastest, with the sum: not timed again
+FREE = 10  # times what squaring a product in between costs is the time of the product
 
 
 class Plan(NamedTuple):
@@ -73,16 +74,18 @@ def tune(form: Planned, *, repeats: int = 3) -> None:
         return
     least = min(plan.work(form) for plan in form.plans.values())
     seconds: dict[str, list[float]] = {}
+    tried = [name for name, plan in form.plans.items() if plan.work(form) <= HOPELESS * least]
     for _ in range(repeats):
         usual = _seconds(form.sum)
-        for name, plan in form.plans.items():
-            if plan.work(form) > HOPELESS * least:
-                continue
+        for name in tried:
+            plan = form.plans[name]
             if plan.fused is None:
                 took = _seconds(partial(plan.sq_norms, form))
             else:
                 took = _seconds(partial(plan.fused, form)) - usual
             seconds.setdefault(name, []).append(took)
+        limit = BEHIND * (min(map(min, seconds.values())) + usual)
+        tried = [name for name in tried if min(seconds[name]) + usual <= limit]
     _timed[key] = min(seconds, key=lambda name: min(seconds[name]))  # others may hold the cores
 
 
@@ -97,7 +100,7 @@ def _counted(form: Planned, fusable: bool) -> tuple[str, float]:
     for name, plan in form.plans.items():  # min(..., key=...) breaks a graph (torch 2.13)
         extra = plan.work(form)
         if fusable and plan.fused is not None:
-            extra -= form.sum_work * (1 - FREE)
+            extra -= form.sum_work - form.sum_work // FREE  # floats would not trace (torch 2.13)
         if extra < least:
             best, least = name, extra
     return best, least
