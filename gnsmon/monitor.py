@@ -409,7 +409,12 @@ class Monitor:
         # Of ranks all must take the same path, so that it may not depend on what is pending here.
         if self._off or self._closed or not (first or (pending and self._ranks.size == 1)):
             return
-        measured = any(collector.wanted for collector, _ in self._sources)
+        if not any(collector.wanted for collector, _ in self._sources):
+            self._clock.tick(False)
+            self.step += first
+            if self._clock.due(self.step):
+                self._arm()
+            return
         found: dict[str, Outcome] = {}
         for (collector, names), outcome in zip(self._sources, self._shares(), strict=True):
             if isinstance(outcome, Share):
@@ -422,7 +427,7 @@ class Monitor:
                 if not any(outcome is other for other in said):
                     self._skip(method, outcome)
                 said.append(outcome)
-        self._clock.tick(measured)
+        self._clock.tick(True)
         self.step += first
         self._arm()
 
