@@ -14,6 +14,7 @@ from cases import LAYERS, by_name, energy
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.utils import parametrize, prune
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -653,3 +654,41 @@ def test_sizes_that_are_symbols_of_a_compiled_graph(kind):
         model.zero_grad()
         energy(model, x).backward()
         torch.testing.assert_close(found, gradients(model), **CLOSE)
+
+
+class Halved(TorchFunctionMode):
+    """Layers compute with half their weights."""
+
+    def __torch_function__(self, fn, types, args=(), kwargs=None):
+        if fn in (F.linear, F.conv1d):
+            args = (args[0], 0.5 * args[1], *args[2:])
+        return fn(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("how", ["patched", "mode"])
+def test_functions_that_were_replaced(how, monkeypatch):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Conv1d(5, 6, 2)).double(), torch.randn(4, 5, 6)
+
+    def found() -> dict[str, Tensor]:
+        model.zero_grad()
+        with Halved() if how == "mode" else nullcontext():
+            energy(model, x.double()).backward()
+        return gradients(model)
+
+    if how == "patched":
+        for name in ("linear", "conv1d"):
+            usual = getattr(F, name)
+            halved = lambda x, w, *others, fn=usual: fn(x, 0.5 * w, *others)  # noqa: E731
+            monkeypatch.setattr(F, name, halved)
+    bare = found()
+    gns, _ = attach(model, strict=False)
+    with gns:
+        torch.testing.assert_close(found(), bare, **CLOSE)
+
+
+def test_a_default_device_is_no_other_function():
+    model, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(4, 5, 6)
+    gns, _ = attach(model)
+    with gns, torch.device("cpu"):
+        assert taken_over(energy(model, x)) == 1

@@ -32,10 +32,15 @@ class Gathered:
         self._times.clear()
 
     def add(self, brought: Sequence[Brought]) -> None:
-        """Take in what one backward brought."""
+        """Take in what one backward brought, device by device."""
+        by_device: dict[torch.device, list[Brought]] = {}
+        for b in brought:
+            by_device.setdefault(b.tap.probe.device, []).append(b)
+        for some in by_device.values():
+            self._add(some)
+
+    def _add(self, brought: Sequence[Brought]) -> None:
         tensors = [p.reshape(-1) for b in brought for p in b.pieces if isinstance(p, Tensor)]
-        if not brought:
-            return
         key = tuple(
             (b.tap, tuple(p.numel() if isinstance(p, Tensor) else p for p in b.pieces))
             for b in brought

@@ -238,7 +238,7 @@ class PerExample:
         taps.deferred.clear()
         taps.fired.clear()
         self._big, self._along, self._vectors, self._present = {}, {}, {}, {}
-        vectors: dict[str, Tensor] = {}
+        vectors: dict[torch.device, dict[str, Tensor]] = {}
         for name, p in self.model.named_parameters():
             if p.grad is None or not p.requires_grad:
                 continue
@@ -251,10 +251,11 @@ class PerExample:
                     if direction is not None:
                         self._present[name], self._along[name] = direction.along(grad, start)
                 else:  # small enough to be sent as it is
-                    self._present[name], vectors[name] = start, grad
-        if vectors:
-            lengths = tuple((name, len(grad)) for name, grad in vectors.items())
-            self._vectors = {lengths: torch.cat(list(vectors.values()))}
+                    self._present[name] = start
+                    vectors.setdefault(grad.device, {})[name] = grad
+        for some in vectors.values():
+            lengths = tuple((name, len(grad)) for name, grad in some.items())
+            self._vectors[lengths] = torch.cat(list(some.values()))
 
     def _enter_pass(self, serial: int | None, batch: int | None) -> None:
         """Begin a microbatch, unless this backward is a part of the last one's."""

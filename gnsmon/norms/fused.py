@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from gnsmon.norms.layout import Layout
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 # Of a convolution, read again in its backward.
 SETTINGS = ("stride", "padding", "dilation", "groups", "output_padding")
+
+CONVOLUTIONS = [f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)]
 
 
 class _Unpacked(NamedTuple):
@@ -81,7 +85,8 @@ def tapped(
 def able(tap: LayerTap, x: tuple[Tensor, ...]) -> bool:
     """Whether the backward of this call is known for sure to be that of the layer's type.
 
-    A hook before ours, or a forward set on the layer itself, may have changed what it computes.
+    A hook before ours, a forward set on the layer itself, or a function that was replaced may have
+    changed what it computes.
     """
     module, own = tap.module, tap.module._parameters
     if tap.backward is None or len(x) != 1 or own.get("weight") is None:
@@ -94,12 +99,24 @@ def able(tap: LayerTap, x: tuple[Tensor, ...]) -> bool:
         return False
     if "forward" in vars(module) or "_conv_forward" in vars(module):
         return False
-    if nn.modules.module._global_forward_hooks:
+    if nn.modules.module._global_forward_hooks or _replaced():
         return False
     first = next(iter(module._forward_hooks.values()), None)
     plain = all(type(t.data) is Tensor for t in (x[0], own["weight"]))
     usual = x[0].is_floating_point() and x[0].layout == torch.strided
     return first is tap and plain and usual and own["weight"].requires_grad
+
+
+def _replaced() -> bool:
+    """Whether the functions that layers call are not torch's own, as some libraries have it."""
+    if F.linear is not torch._C._nn.linear:
+        return True
+    if any(getattr(F, name) is not getattr(torch, name) for name in CONVOLUTIONS):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return any(type(mode) is not DeviceContext for mode in modes)
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
