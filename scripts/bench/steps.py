@@ -51,8 +51,8 @@ def monitored(load: Workload, *, microbatches: int = 1, **settings: Any) -> Step
         reading = gns.reading
         if gns.config.every == UNMEASURED:
             return None
-        if reading is None:
-            raise RuntimeError(f"nothing was measured: {dict(gns.skipped)}")
+        if reading is None or (gns.config.every == 1 and reading.step != gns.step - 1):
+            raise RuntimeError(f"the last step was not measured: {dict(gns.skipped)}")
         if abs(reading.examples * reading.raw.sum_sq_weights - 1) > 1e-6:
             return None  # the parts are microbatches
         return Norms(reading.raw.parts_sq_norm * reading.examples, gns.coverage().covered)
@@ -187,6 +187,8 @@ def _training(
 ) -> Callable[[], None]:
     optimizer = optimizer or _sgd(model)
     pieces = list(zip(*(t.chunk(microbatches) for t in batch), strict=True))
+    # Else a graph that was compiled without hooks is taken for a model that has some.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
     called = torch.compile(model) if load.compiled else model
 
     def run() -> None:
