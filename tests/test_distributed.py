@@ -297,11 +297,7 @@ def counted(rank, kind):
         return all_reduce(tensor, *args, **kwargs)
 
     model = tiny(kind=Plain)
-    if kind == "ddp":
-        wrapped, take_step = DDP(model), step_of_ddp
-    else:
-        shard(model, "blocks")
-        wrapped, take_step = model, step_of_fsdp
+    wrapped, take_step = spread(model, kind)
     opt = descent(model)
     own = batches(SIZES[:2])[rank]
     with pytest.MonkeyPatch.context() as patch:
@@ -615,11 +611,7 @@ class CheckpointedPlain(Checkpointed):
 
 def recomputed(rank, expected, kind):
     model = tiny(kind=CheckpointedPlain)
-    if kind == "ddp":
-        wrapped, take_step = DDP(model), step_of_ddp
-    else:
-        shard(model, "blocks")
-        wrapped, take_step = model, step_of_fsdp
+    wrapped, take_step = spread(model, kind)
     opt = descent(model)
     own = batches(SIZES[:2])[rank]
     with watch(wrapped, opt, method=METHODS) as gns:
@@ -661,6 +653,14 @@ def step_of_fsdp(model, optimizer, own, examples, *, synced=False, clip=False, w
         (dist.get_world_size() * share(model, micro, examples)).backward()
     if clip:
         nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+def spread(model, kind):
+    """The model as DDP or FSDP2 has it, and how it takes a step."""
+    if kind == "ddp":
+        return DDP(model), step_of_ddp
+    shard(model, "blocks")
+    return model, step_of_fsdp
 
 
 def local_grads(model):
