@@ -140,7 +140,7 @@ def test_the_cheaper_contraction_is_taken(monkeypatch):
     formed = []
     monkeypatch.setattr(contractions, "squares", lambda t, dim: formed.append(t) or t.sum(dim))
     for positions in (23, 24):  # m n / (m + n) = 24
-        outer_sq_norms(normal(1, 1, positions, 40), normal(1, 1, positions, 60))
+        Outer(normal(1, 1, positions, 40), normal(1, 1, positions, 60)).sq_norms()
     assert [list(t.shape[-2:]) for t in formed] == [[40, 60]]
 
 
@@ -149,7 +149,7 @@ def test_the_two_contractions_agree(positions):
     left, right = normal(B, 3, positions, 7), normal(B, 3, positions, 4)
     direct = outer_sq_norms(left, right, path="direct")
     torch.testing.assert_close(outer_sq_norms(left, right, path="gram"), direct, **EXACT)
-    torch.testing.assert_close(outer_sq_norms(left, right), direct, **EXACT)
+    torch.testing.assert_close(Outer(left, right).sq_norms(), direct, **EXACT)
 
 
 @pytest.mark.parametrize("positions", [3, 200])
@@ -159,8 +159,8 @@ def test_half_precision_is_squared_in_float32(positions, dtype):
         (300 * normal(B, 1, positions, 40)).to(dtype),
         normal(B, 1, positions, 50).to(dtype),
     )
-    want = outer_sq_norms(left.double(), right.double())
-    got = outer_sq_norms(left, right)  # beyond the range of float16
+    want = Outer(left.double(), right.double()).sq_norms()
+    got = Outer(left, right).sq_norms()  # beyond the range of float16
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=0)
     form = Rows(torch.randint(3, (B, positions)), right[:, 0], (3, 50))

@@ -13,23 +13,19 @@ FEW = 2**16  # numbers whose sum of squares is right in float32 whatever the ord
 CHUNK_BYTES = 64 * 2**20  # what one contraction may hold beside its arguments
 
 
-def outer_sq_norms(
-    left: Tensor, right: Tensor, *, path: Literal["auto", "direct", "gram"] = "auto"
-) -> Tensor:
+def outer_sq_norms(left: Tensor, right: Tensor, *, path: Literal["direct", "gram"]) -> Tensor:
     """Exact |sum_t left_bgt (x) right_bgt|^2 summed over groups g, [B], float32 or wider.
 
     "direct" forms the [m, n] gradient in T m n multiply-adds per example and group, in the dtype of
     the arguments as autograd does; "gram" is <L L', R R'> in T^2 (m + n), always in float32 or
-    wider; "auto" takes the fewer. At T = 1 it is |left|^2 |right|^2 (Goodfellow 2015).
+    wider. At T = 1 either is |left|^2 |right|^2 (Goodfellow 2015).
 
     Args:
         left: [B, G, T, m], with T the positions that share the parameter.
         right: [B, G, T, n].
-        path: which contraction; "direct" and "gram" are for comparison.
+        path: which contraction; `Outer.plans` have the choice.
     """
     (batch, groups, positions, m), n = left.shape, right.shape[-1]
-    if path == "auto":
-        path = "gram" if positions * (m + n) < m * n else "direct"
     if positions == 1:
         return (squares(left, 3) * squares(right, 3)).sum((1, 2))
 

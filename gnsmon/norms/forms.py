@@ -220,8 +220,8 @@ def _kernel_work(form: Outer) -> float:
 
 
 Outer.plans = {
-    "gram": Plan(_gram_work, _by_gram),
     "direct": Plan(lambda form: form.sum_work, _directly, _summed_too),
+    "gram": Plan(_gram_work, _by_gram),
     "kernel": Plan(_kernel_work, lambda form: _by_kernel(form)[1], _by_kernel),
 }
 
