@@ -51,6 +51,17 @@ class Inert:
         """Nothing."""
 
 
+def given_on(y: Tensor, *, alias: bool) -> Tensor:
+    """A layer's output as the output of a tap: another tensor of the same numbers.
+
+    With `alias` it shares its memory where that is possible, and is yet no view: that would forbid
+    in-place operations on it, such as ReLU(inplace=True).
+    """
+    if torch.compiler.is_compiling() or not alias:
+        return y.clone()
+    return torch.ops.aten._unsafe_view(y, y.shape)
+
+
 def in_backward() -> bool:
     """Whether a backward is under way in this thread."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -18,7 +18,7 @@ from gnsmon.norms import fused, links, plans
 from gnsmon.norms.contractions import wider
 from gnsmon.norms.directions import Direction, look_elsewhere, share_memory
 from gnsmon.norms.forms import Form
-from gnsmon.norms.inputs import Announce, Inert, in_backward, is_transformed, read_batch
+from gnsmon.norms.inputs import Announce, Inert, given_on, in_backward, is_transformed, read_batch
 from gnsmon.norms.layout import (
     BATCH_FIRST,
     TOLD_BATCH_FIRST,
@@ -74,10 +74,7 @@ class _Tap(torch.autograd.Function):
         ctx.save_for_backward(*x)
         ctx.tap, ctx.layout = tap, layout
         ctx.set_materialize_grads(False)
-        if torch.compiler.is_compiling() or not tap.saves_no_output:
-            return y.clone()
-        # A view would forbid in-place operations on the output, such as ReLU(inplace=True).
-        return torch.ops.aten._unsafe_view(y, y.shape)
+        return given_on(y, alias=tap.saves_no_output)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -196,7 +193,7 @@ class LayerTap:
 
     def _pays(self, x: tuple[Tensor, ...], y: Tensor, layout: Layout) -> bool:
         """Whether the exact norms are had fastest by summing the examples' gradients."""
-        if self.shared or not {"exact", "sketch"}.intersection(self.ways):
+        if self.shared or not self._wants_exact:
             return False
         with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
             form = self.forms(x, y.detach(), layout)["weight"]
@@ -226,6 +223,11 @@ class LayerTap:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Inert, ()
+
+    @property
+    def _wants_exact(self) -> bool:
+        """Whether exact norms are of use in the present step; a sketch takes them, too."""
+        return "exact" in self.ways or "sketch" in self.ways
 
     @property
     def leaf(self) -> Tensor:
@@ -452,7 +454,7 @@ class LayerTap:
 
     def _fused(self, forms: Mapping[str, Form], sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """The squared norms that come with the sum of the gradients, which goes to `sums`."""
-        if not {"exact", "sketch"}.intersection(self.ways):
+        if not self._wants_exact:
             return {}
         plan = plans.chosen(forms["weight"], fusable=True)
         if plan.fused is None:
