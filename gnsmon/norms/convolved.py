@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from math import inf, prod
@@ -110,10 +110,34 @@ class Convolved(Form):
     # Projections: convolutions with a few filters.
 
     def sum_along(self, direction: Tensor, rows: Some = None) -> Tensor:  # noqa: D102
-        along, dy = self._filtered(direction[:, None]), self._by_group(self.dy)  # [B, G, 1, T]
+        along, dy = self._along(direction), self._by_group(self.dy)
         if self.groups == 1:
             dy, rows = chosen(dy, rows, 2), None
-        return chosen((wide(dy) @ along.mT).sum(0).flatten(), rows)
+        return chosen((wide(dy) @ along[:, :, None].mT).sum(0).flatten(), rows)
+
+    def _along(self, direction: Tensor) -> Tensor:
+        """Patches times a direction [n]: [B, G, T]; a convolution with one filter is slow (CPU).
+
+        Each pixel is multiplied by the kernel's every offset, and the products are added up.
+        """
+        c, *kernel = self.shape[1:]
+        if prod(kernel) > c:
+            return self._filtered(direction[:, None])[:, :, 0]
+        x = wide(self._by_group(self.x)).to(direction.dtype)
+        products = (direction.view(c, -1).T @ x).unflatten(3, self.x.shape[2:])
+        products = F.pad(products, _widths(self.padding)) if any(self.padding) else products
+        every = (products[(..., i, *at)] for i, at in enumerate(self._offsets()))
+        return _summed(every).flatten(2)
+
+    def _offsets(self) -> Iterator[tuple[slice, ...]]:
+        """For each position in the kernel the pixels of a padded input that meet it."""
+        for offset in product(*map(range, self.shape[2:])):
+            yield tuple(
+                slice(o * d, o * d + s * (n - 1) + 1, s)
+                for o, d, s, n in zip(
+                    offset, self.dilation, self.stride, self.dy.shape[2:], strict=True
+                )
+            )
 
     def project(self, w: Tensor) -> Tensor:  # noqa: D102
         return (wide(self._by_group(self.dy)) @ self._filtered(w).mT).flatten(1, 2)
@@ -169,18 +193,9 @@ def _pixel_gram(form: Convolved) -> Tensor:
     """
     x, dy = (wide(t).unflatten(1, (form.groups, -1)).flatten(0, 1) for t in (form.x, form.dy))
     x = F.pad(x, _widths(form.padding))
-    size, out = x.shape[2:], dy.shape[2:]
-    pixels, dy = x.flatten(2), dy.flatten(2)
+    size, pixels, dy = x.shape[2:], x.flatten(2), dy.flatten(2)
     of_pixels = (pixels.mT @ pixels).view(-1, *size, *size)
-    of_patches: Tensor | None = None
-    for offset in product(*map(range, form.shape[2:])):
-        at = tuple(
-            slice(o * d, o * d + s * (n - 1) + 1, s)
-            for o, d, s, n in zip(offset, form.dilation, form.stride, out, strict=True)
-        )
-        some = of_pixels[(slice(None), *at, *at)]
-        of_patches = some.clone() if of_patches is None else of_patches.add_(some)
-    assert of_patches is not None
+    of_patches = _summed(of_pixels[(slice(None), *at, *at)] for at in form._offsets())
     gram = (dy.mT @ dy).flatten(1) * of_patches.flatten(1)
     return gram.sum(1).view(form.batch, form.groups).sum(1)
 
@@ -188,6 +203,13 @@ def _pixel_gram(form: Convolved) -> Tensor:
 def _patch_gram(form: Convolved) -> Tensor:
     outer = form.outer()
     return outer_sq_norms(outer.left, outer.right, path="gram")
+
+
+def _summed(tensors: Iterator[Tensor]) -> Tensor:
+    total = next(tensors).clone()
+    for t in tensors:
+        total.add_(t)
+    return total
 
 
 def _pixels(form: Convolved) -> int:
