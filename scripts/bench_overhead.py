@@ -9,11 +9,12 @@
     python scripts/bench_overhead.py --scaling --markdown docs/benchmarks.md
     python scripts/bench_overhead.py --load results.json --markdown docs/benchmarks.md
 
-A step is zero_grad, forward, backward and SGD on one fixed batch. Bare, measured and bare steps
-alternate in one process, and each round gives one ratio, 2 own / (before + after); the tables have
-the median and the quartiles. "bare, again" is a second bare step: how far it is from 1 is what the
-machine's noise does. "microbatch" is measured on steps of two microbatches, against bare ones of
-two; every="auto", whose steps are unlike one another, in blocks of many steps, by the total time.
+A step is zero_grad, forward, backward and SGD on one fixed batch. Bare, measured and bare steps, of
+each as many as the bare ones take 0.1 s for, alternate in one process, and each round gives one
+ratio, 2 own / (before + after); the tables have the median and the quartiles. "bare, again" is a
+second bare step: how far it is from 1 is what the machine's noise does. "microbatch" is measured on
+steps of two microbatches, against bare ones of two; every="auto", whose steps are unlike one
+another, in blocks of many steps after the first, by the total time.
 
 The error is that of the mean squared norm over the examples, of the parameters that are covered,
 against brute force in float64 (of the whole batch, at initialisation: the learning rate is 0, so
@@ -41,9 +42,9 @@ from bench.steps import PEERS
 from bench.tables import Results, markdown, write
 from bench.workloads import workloads
 
-QUICK = Effort(rounds=5, limit=1, least=1, blocks=2, block=0.5, memory=False)
+QUICK = Effort(rounds=5, limit=1, least=1, blocks=2, block=0.5, learning=1, memory=False)
 PEAKS = ("gpt", "resnet")  # whose peaks are worth a process for each; on CUDA they cost nothing
-OF_SCALING = Effort(rounds=15, limit=4, least=3, blocks=1, block=0, memory=False)
+OF_SCALING = Effort(rounds=15, limit=4, least=3, blocks=1, block=0, learning=1, memory=False)
 
 
 def main(
@@ -74,7 +75,11 @@ def main(
         found = points(device, QUICK if quick else OF_SCALING, tiny=tiny)
         results["scaling"] = [asdict(point) for point in found]
     else:
-        effort = QUICK if quick else Effort(rounds, limit, 3, blocks=6, block=3.0, memory=True)
+        effort = (
+            QUICK
+            if quick
+            else Effort(rounds, limit, 3, blocks=6, block=3.0, learning=64, memory=True)
+        )
         for workload in chosen(workloads(device, tiny=tiny), only).values():
             if quick and workload.compiled and not only:
                 continue

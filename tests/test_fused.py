@@ -531,6 +531,24 @@ def test_a_weight_that_changes_where_backward_does_not_read_it():
         assert gns.reading.coverage == 1.0
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d])
+def test_a_weight_whose_data_is_replaced_before_the_backward(kind):
+    layer = kind(4, 4) if kind is nn.Linear else kind(4, 4, 1)
+    x = torch.randn(8, 4) if kind is nn.Linear else torch.randn(8, 4, 3)
+    before, found = layer.weight.data, []
+    for engine in (None, "fused"):
+        gns = None if engine is None else attach(layer, engine)[0]
+        layer.weight.data, x.grad = before, None
+        loss = layer(x.requires_grad_()).square().sum()
+        assert taken_over(loss) == (engine is not None)
+        layer.weight.data = torch.zeros_like(before)
+        loss.backward()
+        found.append(x.grad)
+        if gns is not None:
+            gns.close()
+    assert torch.allclose(*found)
+
+
 def test_a_clock_that_fails_leaves_training_alone(untimed, monkeypatch):
     def fail(run):
         raise torch.OutOfMemoryError("no memory")

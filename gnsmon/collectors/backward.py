@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gnsmon.collectors.shards import local
 from gnsmon.collectors.step import Skipped
+from gnsmon.norms.inputs import without_autocast
 
 
 class Backwards:
@@ -105,7 +106,7 @@ class Backwards:
 def exactly(model: nn.Module) -> Iterator[None]:
     """Without gradients, and without the autocast that the training loop may be inside of."""
     device = next(model.parameters()).device
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with torch.no_grad(), without_autocast(device):
         yield
 
 
@@ -122,6 +123,7 @@ class _Sentinel:
 
     def __init__(self, model: nn.Module):
         self._model = model
+        self._watched: nn.Parameter | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -130,12 +132,10 @@ class _Sentinel:
 
     def remember(self) -> None:
         """Take note of the smallest gradient as it is now."""
-        dense = [
-            p
-            for p in self._model.parameters()
-            if p.grad is not None and p.grad.layout == torch.strided and local(p.grad).numel()
-        ]
-        p = min(dense, key=lambda p: p.numel(), default=None)
+        if self._watched is None or not _is_dense(self._watched):
+            dense = [p for p in self._model.parameters() if _is_dense(p)]
+            self._watched = min(dense, key=lambda p: p.numel(), default=None)
+        p = self._watched
         self._seen = None if p is None or p.grad is None else (p, p.grad, p.grad._version)
 
     def was_thrown_away(self) -> bool:
@@ -146,3 +146,8 @@ class _Sentinel:
         if p.grad is not seen:  # the same values elsewhere: DDP has rebuilt its buckets
             return p.grad is None or not torch.equal(local(p.grad), local(seen))
         return seen._version != version and not bool(local(seen).any())
+
+
+def _is_dense(p: nn.Parameter) -> bool:
+    """Whether it has a gradient with a number in it, here and not sparse."""
+    return p.grad is not None and p.grad.layout == torch.strided and bool(local(p.grad).numel())

@@ -114,6 +114,7 @@ class PerExample:
                 "method 'norm_layers': the model has no normalisation layer with parameters that "
                 "could be measured; use method='sketch' or 'pepgns'"
             )
+        self._known: dict[str, nn.Parameter] | None = None
         self._exact = False  # whether the present step is measured exactly too
         self.taps.ready(self._fired)
         self.names = [name for name, _ in model.named_parameters()]
@@ -239,8 +240,9 @@ class PerExample:
         taps.fired.clear()
         self._big, self._along, self._vectors, self._present = {}, {}, {}, {}
         vectors: dict[torch.device, dict[str, Tensor]] = {}
-        for name, p in self.model.named_parameters():
-            if p.grad is None or not p.requires_grad:
+        self._known = None  # FSDP has others before a backward than after it
+        for name, p in self._trainable().items():
+            if p.grad is None:
                 continue
             self._present[name] = 0
             if own := held(p.grad, self._ranks):
@@ -390,7 +392,7 @@ class PerExample:
 
     def norms(self, share: Share) -> Measured | Skipped:
         """The step's norms, from the share of this process or of all ranks."""
-        trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        trainable = self._trainable()
         missing = self._missing(share, trainable)
         measured = np.array([name in trainable and name not in missing for name in self.names])
         if not measured.any():
@@ -417,6 +419,12 @@ class PerExample:
             with exactly(self.model):
                 self._track(found["sketch"].missing)
         return found
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters with gradients as of the last backward: to look them up takes a while."""
+        if self._known is None:
+            self._known = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        return self._known
 
     def _in_norms(self) -> set[str]:
         return {name for tap in self.taps.layers if is_norm(tap.module) for name in tap.names}
@@ -523,7 +531,7 @@ class PerExample:
 
     def _half(self) -> Array:
         """Of which parameters the statistics come from half precision."""
-        half = {name for name, p in self.model.named_parameters() if p.dtype.itemsize == 2}
+        half = {name for name, p in self._trainable().items() if p.dtype.itemsize == 2}
         half |= {name for tap in self.taps.layers if tap.half for name in tap.names}
         return np.array([self.taps.half or name in half for name in self.names])
 

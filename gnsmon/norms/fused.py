@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
-from gnsmon.norms.inputs import given_on
+from gnsmon.norms.inputs import given_on, without_autocast
 from gnsmon.norms.layout import Layout
 
 if TYPE_CHECKING:
@@ -75,8 +75,10 @@ def tapped(
     Autocast has computed with copies, which it saved: what they were made of may since change.
     """
     x, weight = x.to(y.dtype), weight.to(y.dtype)
+    if isinstance(tap.module, nn.Linear) and not torch.compiler.is_compiling():
+        weight = weight.view_as(weight)  # as F.linear does, so that weight.data may be replaced
     bias = None if bias is None else bias.to(y.dtype)
-    with torch.autocast(y.device.type, enabled=False):
+    with without_autocast(y.device):
         return FusedTap.apply(y.detach(), tap.leaf, tap, layout, x, weight, bias)
 
 
@@ -139,7 +141,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         weight = dy.new_empty(1).expand(ctx.weight_shape)  # its shape alone is read
     statistics, sums = None, {}
     if ctx.layout is not None:
-        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(dy.device):
             statistics = ctx.tap.statistics(_Unpacked((x,)), dy, ctx.layout, sums)
     if not torch.compiler.is_compiling() and torch.is_grad_enabled():
         sums = {}
@@ -148,7 +150,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         need and own not in sums
         for need, own in zip(wanted, ("input", "weight", "bias"), strict=True)
     )
-    with torch.autocast(dy.device.type, enabled=False):
+    with without_autocast(dy.device):
         dx, *usual = ctx.tap.backward(ctx.tap.module, x, dy, weight, missing)
     given = [sums.get(own, grad) for own, grad in zip(("weight", "bias"), usual, strict=True)]
     given = [g if need else None for g, need in zip(given, wanted[1:], strict=True)]

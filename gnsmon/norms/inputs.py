@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -74,6 +75,16 @@ def is_transformed() -> bool:
         or torch.autograd.forward_ad._current_level >= 0
         or torch.jit.is_tracing()
     )
+
+
+_NOTHING = nullcontext()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast switched off on the device; to enter it costs more than a small layer's work."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return _NOTHING
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

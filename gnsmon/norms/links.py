@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from gnsmon.norms import rules
 from gnsmon.norms.contractions import wide, wider
 from gnsmon.norms.forms import Form, inner
+from gnsmon.norms.inputs import without_autocast
 from gnsmon.norms.layout import Layout
 from gnsmon.norms.ways import WAYS
 
@@ -74,7 +75,7 @@ class _Source(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor, fired: Tensor, *received: Tensor
     ) -> tuple[Tensor | None, ...]:
-        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(dy.device):
             return _crossed(ctx.tap, dy, fired, ctx.given, received), None, None, None
 
 
@@ -105,7 +106,7 @@ class _LinkedTap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         tap, layout, tensors = ctx.tap, ctx.layout, ctx.saved_tensors
-        with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(dy.device):
             forms = tap.forms([tensors[i] for i in ctx.x], dy, layout)
             statistics = tap.vector(forms, layout)
             sent = _sent(tap, forms, ctx.earlier, tensors)

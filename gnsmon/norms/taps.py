@@ -18,7 +18,15 @@ from gnsmon.norms import fused, links, plans
 from gnsmon.norms.contractions import wider
 from gnsmon.norms.directions import Direction, look_elsewhere, share_memory
 from gnsmon.norms.forms import Form
-from gnsmon.norms.inputs import Announce, Inert, given_on, in_backward, is_transformed, read_batch
+from gnsmon.norms.inputs import (
+    Announce,
+    Inert,
+    given_on,
+    in_backward,
+    is_transformed,
+    read_batch,
+    without_autocast,
+)
 from gnsmon.norms.layout import (
     BATCH_FIRST,
     TOLD_BATCH_FIRST,
@@ -80,7 +88,7 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         statistics = None
         if dy is not None and ctx.layout is not None:
-            with torch.no_grad(), torch.autocast(dy.device.type, enabled=False):
+            with torch.no_grad(), without_autocast(dy.device):
                 statistics = ctx.tap.statistics(ctx, dy, ctx.layout)
         return dy, statistics, *(None,) * (len(ctx.needs_input_grad) - 2)
 
@@ -195,7 +203,7 @@ class LayerTap:
         """Whether the exact norms are had fastest by summing the examples' gradients."""
         if self.shared or not self._wants_exact:
             return False
-        with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(y.device):
             form = self.forms(x, y.detach(), layout)["weight"]
             if layout.rows_per_example > 1:
                 form = form.regroup(layout.batch)

@@ -33,6 +33,7 @@ SETTINGS = {
     'every="auto"': {"every": "auto", "overhead": 0.01},
     "not measured": {"every": UNMEASURED},
 }
+RUN = 0.1  # seconds of bare steps timed together: a short one alone would find the caches cold
 UNDER_COMPILE = (TWIN, "pepgns", "pepgns, by hooks", "sketch", "sogns", 'every="auto"')
 
 
@@ -54,6 +55,7 @@ class Effort:
     least: int
     blocks: int  # instead of rounds, for steps that are timed in blocks
     block: float  # seconds of the bare steps in one
+    learning: int  # steps before them, in which every="auto" learns what a measured one costs
     memory: bool  # peaks too
 
 
@@ -132,17 +134,20 @@ def compared(
     torch._dynamo.reset()  # beyond eight compiled models of a class the next would run eagerly
     own, own_peak = _warm(variant.make(load), load, effort.limit / 4)
     plain, plain_peak = _warm(bare(load, microbatches=variant.microbatches), load, effort.limit / 4)
-    rounds, count = effort.rounds, 1
+    rounds, bare_seconds = effort.rounds, _seconds(plain, load.device)
     if variant.in_blocks:
-        rounds, count = effort.blocks, math.ceil(effort.block / _seconds(plain, load.device))
-        _seconds(own, load.device, count)
+        rounds, count = effort.blocks, math.ceil(effort.block / bare_seconds)
+        _seconds(own, load.device, effort.learning)
+    else:
+        most = math.ceil(10 * RUN / _seconds(own, load.device))
+        count = min(math.ceil(RUN / bare_seconds), most)
     times, found = [], []
     gc.collect()
     gc.disable()
     try:
         end = time.perf_counter() + effort.limit
         while len(times) < rounds and (
-            count > 1 or len(times) < effort.least or time.perf_counter() < end
+            variant.in_blocks or len(times) < effort.least or time.perf_counter() < end
         ):
             times.append([_seconds(s, load.device, count) / count for s in (plain, own, plain)])
             found.append(own.norms())
