@@ -11,6 +11,7 @@ import gnsmon
 from gnsmon.demo.quadratic import (
     Modes,
     NoisyQuadratic,
+    after,
     critical_batch,
     expected_losses,
     fewest_steps,
@@ -50,6 +51,14 @@ def test_closed_forms_are_those_of_the_matrices():
     assert model.b_noise == pytest.approx(float((h @ sigma).trace() / (g @ h @ g)))
 
 
+def test_modes_have_the_noise_scales_of_the_quadratic():
+    model, _, _ = make()
+    modes, theta = model.modes(), model.theta.weight.detach()[0]
+    assert modes.b_simple == pytest.approx(model.b_simple)
+    assert modes.b_noise == pytest.approx(model.b_noise)
+    assert modes.loss == pytest.approx(float(theta @ model.hessian @ theta / 2))
+
+
 def test_examples_have_that_covariance():
     model, _, sigma = make()
     examples = model.sample(40_000, torch.Generator().manual_seed(0))
@@ -79,11 +88,12 @@ def test_b_noise_is_the_batch_that_halves_the_best_single_step():
     for batch in (model.b_noise / 5, model.b_noise, 5 * model.b_noise):
         share = 1 / (1 + model.b_noise / batch)
 
-        def after(lr, batch=batch):
+        def one_step(lr, batch=batch):
             return expected_losses(modes, batch=batch, lr=lr, steps=np.ones(1))[0]
 
-        assert modes.loss - after(share * best) == pytest.approx(share * most, rel=1e-9)
-        assert after(share * best) < min(after(0.99 * share * best), after(1.01 * share * best))
+        assert modes.loss - one_step(share * best) == pytest.approx(share * most, rel=1e-9)
+        others = one_step(0.99 * share * best), one_step(1.01 * share * best)
+        assert one_step(share * best) < min(others)
 
 
 def test_expected_losses_are_those_of_sgd():
@@ -140,12 +150,42 @@ def test_the_least_examples_of_one_curvature_are_those_of_the_closed_form():
     assert fewest_steps(ROUND, target, batch=tiny)[0] * tiny == pytest.approx(expected, rel=1e-3)
 
 
-def test_steps_against_the_batch_are_nearly_a_hyperbola():
-    got = critical_batch(SPECTRUM, 0.1)
-    assert fewest_steps(SPECTRUM, 0.1, batch=1e9)[0] == pytest.approx(got.steps, rel=1e-3)
+SPECTRA = {  # curvature, noise, target; B_crit, and b_simple and B_noise where a run at it ends
+    "even noise": (SPECTRUM, 0.1, (40.3, 64.4, 35.2)),
+    "two decades": (
+        Modes(np.geomspace(0.01, 1, 12), np.full(12, 0.3), np.ones(12)),
+        0.02,
+        (229.0, 461.4, 153.5),
+    ),
+    "noise as curvature": (
+        Modes(np.geomspace(0.1, 1, 12), np.geomspace(0.1, 1, 12), np.ones(12)),
+        0.05,
+        (95.4, 104.5, 85.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_steps_against_the_batch_are_nearly_a_hyperbola(name):
+    """Its ends are exact; in between it is an upper bound, by a quarter at most."""
+    modes, target, _ = SPECTRA[name]
+    got = critical_batch(modes, target)
+    assert fewest_steps(modes, target, batch=1e9)[0] == pytest.approx(got.steps, rel=1e-3)
     for batch in got.batch * np.array([0.1, 0.3, 1, 3, 10]):
-        steps = fewest_steps(SPECTRUM, 0.1, batch=batch)[0]
-        assert steps == pytest.approx(got.steps * (1 + got.batch / batch), rel=0.25)
+        share = fewest_steps(modes, target, batch=batch)[0] / got.steps / (1 + got.batch / batch)
+        assert 0.75 < share <= 1
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_critical_batch_is_next_to_the_noise_scale_at_the_end(name):
+    """The table in docs/mathematics.md."""
+    modes, target, expected = SPECTRA[name]
+    batch = critical_batch(modes, target).batch
+    steps, lr = fewest_steps(modes, target, batch=batch)
+    end = after(modes, batch=batch, lr=lr, steps=steps)
+    assert end.loss == pytest.approx(target, rel=1e-6)
+    assert (batch, end.b_simple, end.b_noise) == pytest.approx(expected, rel=2e-3)
+    assert modes.b_noise < end.b_noise / 10  # that of the start says nothing
 
 
 def test_a_target_out_of_reach_is_refused():

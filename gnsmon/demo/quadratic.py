@@ -158,6 +158,16 @@ class Modes(NamedTuple):
         """The loss above its minimum, 1/2 theta'H theta."""
         return float(self.curvature @ self.distance / 2)
 
+    @property
+    def b_simple(self) -> float:
+        """S / |G|², examples."""
+        return float(self.noise.sum() / (self.curvature**2 @ self.distance))
+
+    @property
+    def b_noise(self) -> float:
+        """tr(H Sigma) / G'HG, examples."""
+        return float(self.curvature @ self.noise / (self.curvature**3 @ self.distance))
+
 
 class Critical(NamedTuple):
     """The ends of the trade between steps and examples, at the best learning rate for each."""
@@ -187,11 +197,12 @@ def expected_losses(modes: Modes, *, batch: float, lr: float, steps: Array) -> A
         lr: below 2 / max h, or it does not converge.
         steps: [n].
     """
-    h, noise, distance = modes
-    floor = lr * noise / (batch * h * (2 - lr * h))
-    left = ((1 - lr * h) ** 2) ** np.asarray(steps, dtype=float)[:, None]
-    losses: Array = (floor + (distance - floor) * left) @ h / 2
-    return losses
+    return _distances(modes, batch, lr, np.asarray(steps, dtype=float)) @ modes.curvature / 2
+
+
+def after(modes: Modes, *, batch: float, lr: float, steps: float) -> Modes:
+    """The quadratic as it is in expectation after so many steps; see `expected_losses`."""
+    return modes._replace(distance=_distances(modes, batch, lr, np.array([steps]))[0])
 
 
 def steps_to(modes: Modes, target: float, *, batch: float, lr: float) -> float:
@@ -251,6 +262,14 @@ def critical_batch(modes: Modes, target: float) -> Critical:
     return Critical(
         steps=fewest_steps(modes, target, batch=np.inf)[0], examples=_best(examples, most)[0]
     )
+
+
+def _distances(modes: Modes, batch: float, lr: float, steps: Array) -> Array:  # [n, d]
+    h, noise, distance = modes
+    floor = lr * noise / (batch * h * (2 - lr * h))
+    left = ((1 - lr * h) ** 2) ** steps[:, None]
+    distances: Array = floor + (distance - floor) * left
+    return distances
 
 
 def _check(modes: Modes, target: float) -> None:
