@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gnsmon.norms.contractions import wide
@@ -15,6 +16,7 @@ from gnsmon.norms.oracles import left_untouched, named_tensors
 
 Loss = Callable[[Any, Any], Tensor]
 Vector = list[Tensor]  # one tensor for each trainable parameter
+ONCE = "torch::autograd::Error"  # the node that stands for what has no second derivative
 NOT_TWICE = ("is not implemented", "twice", "double backward")  # in PyTorch's words
 
 
@@ -69,6 +71,9 @@ def hessian_product(
     """
     of = list(trainable(model).values())
     with sdpa_kernel(SDPBackend.MATH), _evaluated(model, loss, batch, seed) as value:
+        # With a factor that has a gradient, what @once_differentiable gives back is told by a node
+        # of the graph; without it, it is silently taken for a constant (torch 2.13).
+        value = value * torch.ones_like(value, requires_grad=True)
         grads = torch.autograd.grad(value, of, create_graph=True, allow_unused=True)
         pairs = [
             (grad, v)
@@ -77,8 +82,15 @@ def hessian_product(
         ]
         if not pairs:
             return [torch.zeros_like(p) for p in of]
+        outputs, vectors = zip(*pairs, strict=True)
+        if any(node.name() == ONCE for node in _nodes(outputs)):
+            raise ValueError(
+                "loss: expected one that can be differentiated twice, for products with its "
+                "Hessian, and a torch.autograd.Function in it is marked @once_differentiable; "
+                "take an implementation without it"
+            )
         try:
-            products = torch.autograd.grad(*zip(*pairs, strict=True), allow_unused=True)
+            products = torch.autograd.grad(outputs, of, vectors, allow_unused=True)
         except RuntimeError as error:
             if not any(words in str(error) for words in NOT_TWICE):
                 raise
@@ -115,6 +127,17 @@ def _evaluated(model: nn.Module, loss: Loss, batch: Any, seed: int) -> Iterator[
                 f"batch's examples; got {got}"
             )
         yield value
+
+
+def _nodes(outputs: Sequence[Tensor]) -> Iterator[Node]:
+    """The nodes of the graph that the outputs come of."""
+    stack, seen = [output.grad_fn for output in outputs], set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack.extend(before for before, _ in node.next_functions)
+            yield node
 
 
 def _filled(grads: Sequence[Tensor | None], of: Sequence[Tensor]) -> Vector:

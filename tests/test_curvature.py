@@ -56,7 +56,8 @@ def flat_hessian(model, batch):
         at = dict(zip(names, parts, strict=True))
         return F.mse_loss(torch.func.functional_call(model, at, (batch[0],)), batch[1])
 
-    return torch.func.hessian(loss)(torch.cat([v.detach().flatten() for v in values])).numpy()
+    at = torch.cat([v.detach().flatten() for v in values])
+    return torch.func.jacrev(torch.func.jacrev(loss))(at).numpy()  # forward mode warns, torch 2.13
 
 
 def brute_moments(u, h, weights, examples):
@@ -160,8 +161,8 @@ def test_full_noise_scale_of_a_noisy_quadratic_is_the_closed_form():
     model = quadratic()
     generator = torch.Generator().manual_seed(1)
     runs = []
-    for _ in range(60):
-        batches = [model.sample(8, generator) for _ in range(12)]
+    for _ in range(40):
+        batches = [model.sample(8, generator) for _ in range(10)]
         for_h = [model.sample(1, generator)]
         runs.append(gnsmon.full_noise_scale(model, mean_loss, batches, hessian_batches=for_h))
     for name in ("trace_h_sigma", "g_h_g"):
@@ -171,7 +172,7 @@ def test_full_noise_scale_of_a_noisy_quadratic_is_the_closed_form():
         assert error < 0.1 * abs(getattr(model, name))
     covered = sum(run.low <= model.b_noise <= run.high for run in runs if run.low is not None)
     assert all(run.status in ("ok", "wide") for run in runs)
-    assert covered >= 60 - 10  # 57 ± 1.7
+    assert covered >= 33  # 38 ± 1.4
     assert not 0.5 < model.b_noise / model.b_simple < 2  # or b_simple would do as well
 
 
@@ -200,7 +201,7 @@ def rms(values):
     return float(np.sqrt(np.mean(np.square(values))))
 
 
-@pytest.mark.parametrize(("m", "h_noise"), [(1, 0.0), (12, 1.0)])
+@pytest.mark.parametrize(("m", "h_noise"), [(1, 0.0), (12, 0.2)])
 def test_the_error_is_the_spread_over_repetitions(m, h_noise):
     found, truth = simulated(20, 800, m=m, h_noise=h_noise)
     ratios = np.array([r.ratio for r in found])
@@ -213,9 +214,9 @@ def test_the_error_is_the_spread_over_repetitions(m, h_noise):
 
 
 def test_the_noise_of_the_hessian_is_in_the_error():
-    with_it, _ = simulated(20, 300, m=12, h_noise=1.0)
+    with_it, _ = simulated(20, 300, m=12, h_noise=0.2)
     without, _ = simulated(20, 300)
-    assert rms([r.error for r in with_it]) > 1.3 * rms([r.error for r in without])
+    assert rms([r.error for r in with_it]) > 1.15 * rms([r.error for r in without])
 
 
 def test_a_hessian_of_the_parts_themselves_is_refused():
@@ -359,7 +360,7 @@ def test_a_loss_that_is_differentiable_once_is_refused():
     def loss(model, batch):
         return Once.apply(model(batch[0])).mean()
 
-    with pytest.raises(ValueError, match="can be differentiated twice.*once_differentiable"):
+    with pytest.raises(ValueError, match="differentiated twice.*marked @once_differentiable"):
         gnsmon.full_noise_scale(mlp(), loss, batches_of(SIZES))
 
 

@@ -106,7 +106,7 @@ def test_expected_losses_are_those_of_sgd():
     for run in range(runs):
         model.theta.weight.data.copy_(start)
         for step in range(steps + 1):
-            losses[run, step] = float(model(torch.zeros(1, 4).double()))
+            losses[run, step] = float(model(torch.zeros(1, 4).double()).detach())
             optimizer.zero_grad()
             mean_loss(model, model.sample(batch, generator)).backward()
             optimizer.step()
@@ -226,9 +226,10 @@ def test_the_interval_of_a_reading_covers_b_simple(tmp_path):
     model, methods = of_scale(12.0), ["pepgns", "microbatch"]
     generator = torch.Generator().manual_seed(0)
     covered, values = dict.fromkeys(methods, 0), {method: [] for method in methods}
-    for _ in range(200):
+    for run in range(200):
+        where = tmp_path / str(run)
         _, readings, _ = watched(
-            model, tmp_path, batch=16, steps=30, generator=generator, microbatches=4, method=methods
+            model, where, batch=16, steps=30, generator=generator, microbatches=4, method=methods
         )
         for method, reading in readings.items():
             low, high = reading.low, reading.high
@@ -241,12 +242,22 @@ def test_the_interval_of_a_reading_covers_b_simple(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("b_simple", "batch", "advised"), [(64, 8, 64), (4.5, 64, 4), (20, 16, 16)]
+    ("b_simple", "batch", "microbatches", "steps", "advised"),
+    [(64, 8, 1, 600, 64), (4.5, 64, 16, 100, 4), (20, 16, 1, 300, 16)],
 )
-def test_the_advised_batch_is_the_power_of_two_at_b_simple(tmp_path, b_simple, batch, advised):
+def test_the_advised_batch_is_the_power_of_two_at_b_simple(
+    tmp_path, b_simple, batch, microbatches, steps, advised
+):
     model = of_scale(float(b_simple))
     generator = torch.Generator().manual_seed(0)
-    _, readings, advice = watched(model, tmp_path, batch=batch, steps=600, generator=generator)
+    _, readings, advice = watched(
+        model,
+        tmp_path,
+        batch=batch,
+        steps=steps,
+        generator=generator,
+        microbatches=microbatches,
+    )
     assert readings["pepgns"].status == "ok"
     assert advice.b_simple == pytest.approx(model.b_simple, rel=0.25)
     assert advice.batch_size == advised
