@@ -86,8 +86,8 @@ def full_noise_scale(
     variances add.
 
     It takes a gradient twice and a Hessian-vector product for each part and Hessian batch (about
-    four gradients), and the memory of four gradients beside a backward through a backward. Call it
-    on a model without a monitor, or its forwards are among those measured.
+    four gradients), and the memory of four gradients beside a backward through a backward. A
+    monitor on the model takes no notice.
 
     Args:
         model: left as it is: gradients, buffers, random streams and modes.

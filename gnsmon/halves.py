@@ -95,8 +95,7 @@ def alignment(
     batches are, and the error is a delete-1 jackknife over the halves.
 
     It takes the gradient of each batch and the singular vectors of each half twice, and the memory
-    of five gradients. Call it on a model without a monitor, or its forwards are among those
-    measured.
+    of five gradients. A monitor on the model takes no notice.
 
     Args:
         model: left as it is: gradients, buffers, random streams and modes.
@@ -133,10 +132,11 @@ def alignment(
 
     def steps() -> Iterator[Steps]:
         for i in range(count):
-            half = dict.fromkeys(of, 0.0)
+            half = {name: torch.zeros_like(p) for name, p in of.items()}
             for j in range(i * per_half, (i + 1) * per_half):
                 part = gradient(model, loss, chosen[j], seed=seed + j)
-                half = {n: half[n] + g / per_half for n, g in zip(of, part, strict=True)}
+                for mean, g in zip(half.values(), part, strict=True):
+                    mean.add_(g, alpha=1 / per_half)
             yield _steps(half, matrices)
 
     products = _products(steps)
@@ -165,7 +165,8 @@ def msign(matrix: Tensor) -> Tensor:
     matrix = wide(matrix)
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     zero = max(matrix.shape) * torch.finfo(matrix.dtype).eps * s[:1]
-    return (u * (s > zero)) @ v
+    sign: Tensor = (u * (s > zero)) @ v
+    return sign
 
 
 def _steps(half: dict[str, Tensor], matrices: Collection[str]) -> Steps:

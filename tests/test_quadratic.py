@@ -222,23 +222,31 @@ def watched(model, tmp_path, *, batch, steps, generator, microbatches=1, **setti
 
 
 def test_the_interval_of_a_reading_covers_b_simple(tmp_path):
-    """Both sources in one pass, 200 runs of 30 steps; binomial error 1.5 %."""
-    model, methods = of_scale(12.0), ["pepgns", "microbatch"]
-    generator = torch.Generator().manual_seed(0)
-    covered, values = dict.fromkeys(methods, 0), {method: [] for method in methods}
-    for run in range(200):
-        where = tmp_path / str(run)
-        _, readings, _ = watched(
-            model, where, batch=16, steps=30, generator=generator, microbatches=4, method=methods
-        )
-        for method, reading in readings.items():
-            low, high = reading.low, reading.high
-            covered[method] += low <= model.b_simple <= (np.inf if high is None else high)
-            values[method].append(reading.tr_sigma)
+    """Both sources in one pass; 200 windows of 20 steps that share none, binomial error 1.5 %."""
+    model, methods, found = of_scale(6.0), ["pepgns", "microbatch"], []
+    watched(
+        model,
+        tmp_path,
+        batch=8,
+        steps=4000,
+        generator=torch.Generator().manual_seed(0),
+        microbatches=2,
+        method=methods,
+        window=20,
+        sinks=[found.append],
+    )
     for method in methods:
-        assert abs(covered[method] / 200 - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 200)
-        s = np.array(values[method])
-        assert abs(s.mean() - model.tr_sigma) < 4 * s.std() / np.sqrt(200)
+        of = [r for r in found if r.method == method and r.step % 20 == 19]
+        assert len(of) == 200
+        assert {r.n_eff for r in of} == {20}
+        assert all(r.low is not None for r in of)
+        covered = sum(r.low <= model.b_simple <= (r.high or np.inf) for r in of)
+        assert abs(covered / 200 - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 200)
+        for name in ("tr_sigma", "grad_sq_norm"):
+            values = np.array([getattr(r, name) for r in of])
+            error = values.std(ddof=1) / np.sqrt(200)
+            assert abs(values.mean() - getattr(model, name)) < 4 * error
+            assert error < 0.05 * values.mean()
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,8 @@ class NoisyQuadratic(nn.Module):
         """The loss of each example."""
         rays = self.rays.expand(len(examples), -1, -1)
         along = self.theta(torch.cat([rays, examples[:, None]], 1))[..., 0]  # [B, d + 1]
-        return along[:, :-1].square() @ self.signs / 2 + along[:, -1]
+        losses: Tensor = along[:, :-1].square() @ self.signs / 2 + along[:, -1]
+        return losses
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Independent examples, [count, d]."""
@@ -143,7 +144,8 @@ class NoisyQuadratic(nn.Module):
 
 def mean_loss(model: NoisyQuadratic, examples: Tensor) -> Tensor:
     """The mean loss of the examples, as `gnsmon.check` and its like take it."""
-    return model(examples).mean()
+    loss: Tensor = model(examples).mean()
+    return loss
 
 
 class Modes(NamedTuple):
@@ -282,7 +284,7 @@ def _check(modes: Modes, target: float) -> None:
 
 def _crossing(above: Callable[[Array], Array], first: float, last: float) -> float:
     """Where `above` first comes down to zero in [first, last]; inf where it does not."""
-    times = np.geomspace(first, last, 400)
+    times: Array = np.geomspace(first, last, 400, dtype=np.float64)
     reached = np.flatnonzero(above(times) <= 0)
     if not len(reached):
         return np.inf
