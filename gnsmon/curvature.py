@@ -98,7 +98,8 @@ def full_noise_scale(
         hessian_batches: other batches, for H. Without them every fourth of `batches` (the fourth,
             the eighth, ...; at least the last) is taken for H alone, and the others are the parts.
         level: of the interval.
-        seed: batch i draws its random numbers (dropout) from `seed + i`.
+        seed: part i draws its random numbers (dropout) from `seed + i`, the Hessian's batches from
+            the seeds after those.
 
     Raises:
         ValueError: on too few batches, a loss that is no scalar, or one that cannot be
