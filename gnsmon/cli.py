@@ -103,26 +103,102 @@ def advise(
     microbatch: Annotated[
         int | None, typer.Option(min=1, help="Examples per worker and backward.")
     ] = None,
+    largest_microbatch: Annotated[
+        int | None, typer.Option(min=1, help="Examples that fit into a worker's memory.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Workers that average their gradients.")
     ] = None,
+    any_size: Annotated[
+        bool, typer.Option("--any-size", help="Not powers of two times the smallest batch alone.")
+    ] = False,
+    optimizer: Annotated[
+        str | None, typer.Option(help="SGD, momentum, Adam, Lion, Muon, ..., if not the log's.")
+    ] = None,
+    data_overhead: Annotated[
+        float | None, typer.Option(help="Examples above the fewest, 0.2 for 20 %, at most.")
+    ] = None,
+    step_overhead: Annotated[
+        float | None, typer.Option(help="Steps above the fewest, at most.")
+    ] = None,
+    step_price: Annotated[
+        float | None, typer.Option(help="Of a step, whatever its batch: the cheapest run.")
+    ] = None,
+    example_price: Annotated[float | None, typer.Option(help="Of an example in it.")] = None,
+    wall_clock: Annotated[
+        bool, typer.Option("--wall-clock", help="The fastest run, by the log's step times.")
+    ] = False,
+    curve: Annotated[bool, typer.Option("--curve", help="Print steps against examples.")] = False,
+    schedule: Annotated[
+        Path | None, typer.Option(help="Write the batch warm-up of this run, as JSON.")
+    ] = None,
+    snippet: Annotated[
+        str | None, typer.Option(help="Print its code: loop, lightning or hf.")
+    ] = None,
+    start: Annotated[
+        int | None, typer.Option(min=1, help="The warm-up's first batch, if not the log's.")
+    ] = None,
+    largest: Annotated[int | None, typer.Option(min=1, help="Its largest batch.")] = None,
+    factor: Annotated[int, typer.Option(min=2, help="By which it grows.")] = 2,
+    dwell: Annotated[int, typer.Option(min=1, help="Steps at each size, at least.")] = 100,
 ) -> None:
-    """Say what the last reading of a run means for its batch size."""
+    """Say what the last reading of a run means for its batch size, and plan its warm-up."""
+    import orjson
+
+    from gnsmon.advice import BatchSizeSchedule, Goal, StepTime, export, planned
     from gnsmon.advice import advise as advise_on
+    from gnsmon.report import curve_table
     from gnsmon.sinks import read_log
 
-    log = read_log(run)
+    console, log = Console(), read_log(run)
     reading = log.latest()
     if reading is None:
         raise ValueError(f"{log.path} has no reading yet, so there is nothing to advise on")
+    if wall_clock and (step_price or example_price):
+        raise ValueError("--wall-clock takes its prices from the log: drop the others")
+    there = log.header.get("world_size") or 1
+    layout = {
+        "microbatch": microbatch or log.header.get("microbatch"),
+        "world_size": workers or there,
+    }
+    limits = {"data_overhead": data_overhead, "step_overhead": step_overhead}
+    if wall_clock:
+        times = StepTime.fit(*log.step_times(), world_size=there).on(layout["world_size"])
+        goal = times.goal(**limits)
+        console.print(Text(f"{times}\n"))
+    else:
+        goal = Goal(**limits, step_price=step_price, example_price=example_price)
+    optimizer = optimizer or next(iter(log.header.get("optimizer") or []), None)
     words = advise_on(
         reading,
         present=batch_size,
-        microbatch=microbatch or log.header.get("microbatch"),
-        world_size=workers or log.header.get("world_size") or 1,
-        optimizer=next(iter(log.header.get("optimizer") or []), None),
+        goal=goal,
+        optimizer=optimizer,
+        largest_microbatch=largest_microbatch,
+        powers_of_two=not any_size,
+        **layout,
     )
-    Console().print(Text(str(words)))
+    console.print(Text(str(words)))
+    if curve:
+        console.print(curve_table(words))
+    if schedule is None and snippet is None:
+        return
+    start = start or int(log.of()["examples"][0])
+    warm_up = BatchSizeSchedule(
+        start,
+        largest=largest,
+        factor=factor,
+        dwell=dwell,
+        goal=goal,
+        optimizer=optimizer,
+        **layout,
+    )
+    stages = planned(log.known(), warm_up)
+    if schedule is not None:
+        schedule.write_bytes(orjson.dumps(export.to_json(stages), option=orjson.OPT_INDENT_2))
+        console.print(Text(f"\n{schedule}", style="dim"), soft_wrap=True)
+    if snippet is not None:
+        print(export.snippet(stages, snippet))  # as it is: rich would wrap it
 
 
 @app.command()
