@@ -128,6 +128,20 @@ def test_a_log_of_one_batch_size_says_so(run, capsys):
     assert "all have 64 examples" in refused(capsys, run, "--wall-clock")
 
 
+def test_step_times_of_two_runs(run, capsys, tmp_path):
+    head, *lines = (run / "gns.jsonl").read_text().splitlines(keepends=True)
+    for name, some in (("a", lines[:50]), ("b", lines[90:])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "gns.jsonl").write_text("".join([head, *some]))
+    words = said(capsys, tmp_path / "a", "--wall-clock", "--times", tmp_path / "b")
+    assert "A step of B examples takes 0.05 s + 0.000781 s x B." in words
+
+
+def test_a_batch_that_the_layout_cannot_make(run, capsys):
+    words = said(capsys, run, "--workers", 3, "--batch-size", 1000)
+    assert "1000 is no multiple of the smallest batch of this layout, 48" in words
+
+
 def test_it_starts_without_torch(run):
     code = f"""
 import sys, gnsmon.cli

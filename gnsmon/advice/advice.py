@@ -256,6 +256,8 @@ def _caveats(
         caveats.append(
             f"measured on {reading.coverage:.0%} of the trainable parameters; the others may differ"
         )
+    if size is not None and size % unit:
+        caveats.append(f"{size} is no multiple of the smallest batch of this layout, {unit}")
     if size is not None and size == unit and size > math.sqrt(2) * (reading.high or math.inf):
         caveats.append(f"{unit} is the smallest batch of this layout: shrink the microbatch")
     if size is not None and size != present and family is not None and family.has_beta2:

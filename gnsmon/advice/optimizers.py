@@ -58,8 +58,8 @@ FAMILIES = (
         ("adam", "lamb", "rmsprop", "adafactor", "adagrad", "sophia"),
         _root_rate,
         has_beta2=True,
-        caveat="an optimizer that divides by the gradient's size has another noise scale, off by "
-        "an order of magnitude or more: compare the preconditioned one (preconditioned=True)",
+        caveat="an optimizer that divides by the gradient's size has another noise scale, which "
+        "may differ by an order of magnitude: compare the preconditioned one (preconditioned=True)",
     ),
     Family(
         "momentum",

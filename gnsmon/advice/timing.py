@@ -42,7 +42,8 @@ class StepTime:
             seen = f"all have {sizes[0]:,.0f} examples" if len(sizes) else "there is none"
             raise ValueError(
                 f"the time of a step against its batch needs steps of two sizes, and {seen}: train "
-                "a few steps at another batch size, or give the two prices yourself"
+                "a few steps at another batch size (another run's log will do), or give the two "
+                "prices yourself"
             )
         medians = np.array([np.median(taken[batch == size]) for size in sizes])
         slope, start = np.polyfit(sizes, medians, 1)
