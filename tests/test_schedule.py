@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import gnsmon
 from gnsmon.advice import BatchSizeSchedule, Goal, StepTime, export, planned
 from gnsmon.sinks.jsonl import Known
 
@@ -118,6 +119,31 @@ def test_a_recorded_run_is_replayed_by_its_examples():
     assert [s.batch_size for s in stages] == [100, 200, 400, 800, 1600, 3200, 6400]
     assert [s.examples for s in stages] == [0, 2000, 4000, 8000, 16000, 32000, 64000]
     assert [s.step for s in stages] == [0, 20, 30, 40, 50, 60, 70]
+
+
+def test_in_a_loop_with_the_monitor(tmp_path):
+    """The gradient is G + noise of tr(Sigma) = 64 |G|^2, so that the batch may grow to 64."""
+    torch.manual_seed(0)
+    model, seen = nn.Linear(16, 1, bias=False), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    schedule = BatchSizeSchedule(4, dwell=20, patience=2, microbatch=4, optimizer="SGD")
+    mean = torch.full((16,), 0.5)  # |G|^2 = 4; noise of 16 x 16 in every example
+    with gnsmon.attach(model, optimizer, every=1, run_dir=tmp_path) as gns:
+        for _ in range(500):
+            for _ in range(schedule.accumulation):
+                x = mean + 4 * torch.randn(4, 16)
+                (model(x).mean() / schedule.accumulation).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            batch = schedule.batch_size
+            grown = schedule.update(gns.reading)
+            assert grown == (schedule.batch_size != batch)
+            assert gns.reading is None or gns.reading.examples == batch
+            seen.append(batch)
+    assert seen == sorted(seen)
+    assert {*seen} <= {4, 8, 16, 32, 64}
+    assert seen[-1] >= 32
+    assert len(seen) == gns.step
 
 
 # Exported.

@@ -99,9 +99,11 @@ class Advice:
     def _cost(self) -> str:
         if self.extra_steps is None or self.extra_examples is None:
             return ""
+        of = self.fraction_of_critical
+        share = "" if of is None else f", {_number(of)} of the noise scale"
         return (
-            f"At {_number(self.present)}, training takes {1 + self.extra_steps:.3g} times the "
-            f"fewest possible steps (those of a huge batch) and {1 + self.extra_examples:.3g} "
+            f"At {_number(self.present)}{share}, training takes {1 + self.extra_steps:.3g} times "
+            f"the fewest possible steps (those of a huge batch) and {1 + self.extra_examples:.3g} "
             "times the fewest possible examples (those of a tiny batch)." + self._change()
         )
 
