@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gnsmon.advice import Advice, advise
+    from gnsmon.advice import Advice, BatchSizeSchedule, Goal, Layout, StepTime, advise
     from gnsmon.checking import check
     from gnsmon.config import MonitorConfig
     from gnsmon.curvature import FullNoiseScale, full_noise_scale
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gnsmon.norms.rules import rule
 
 _HOME = {
-    "advice": ("Advice", "advise"),
+    "advice": ("Advice", "BatchSizeSchedule", "Goal", "Layout", "StepTime", "advise"),
     "checking": ("check",),
     "config": ("MonitorConfig",),
     "curvature": ("FullNoiseScale", "full_noise_scale"),
@@ -38,14 +38,18 @@ _MODULE = {name: f"gnsmon.{module}" for module, names in _HOME.items() for name 
 __all__ = [
     "Advice",
     "Alignment",
+    "BatchSizeSchedule",
     "Coverage",
     "Dense",
     "FullNoiseScale",
+    "Goal",
+    "Layout",
     "Monitor",
     "MonitorConfig",
     "Outer",
     "Reading",
     "Rows",
+    "StepTime",
     "advise",
     "alignment",
     "attach",
