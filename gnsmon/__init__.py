@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from gnsmon.advice import Advice, BatchSizeSchedule, Goal, Layout, StepTime, advise
     from gnsmon.checking import check
     from gnsmon.config import MonitorConfig
+    from gnsmon.curvature import FullNoiseScale, full_noise_scale
     from gnsmon.estimators import Reading
+    from gnsmon.halves import Alignment, alignment
     from gnsmon.monitor import Coverage, Monitor, attach
     from gnsmon.norms.forms import Dense, Outer, Rows
     from gnsmon.norms.oracles import per_example_sq_norms, random_sign_sq_norms
@@ -22,7 +24,9 @@ _HOME = {
     "advice": ("Advice", "BatchSizeSchedule", "Goal", "Layout", "StepTime", "advise"),
     "checking": ("check",),
     "config": ("MonitorConfig",),
+    "curvature": ("FullNoiseScale", "full_noise_scale"),
     "estimators": ("Reading",),
+    "halves": ("Alignment", "alignment"),
     "monitor": ("Coverage", "Monitor", "attach"),
     "norms.forms": ("Dense", "Outer", "Rows"),
     "norms.oracles": ("per_example_sq_norms", "random_sign_sq_norms"),
@@ -33,9 +37,11 @@ _MODULE = {name: f"gnsmon.{module}" for module, names in _HOME.items() for name 
 
 __all__ = [
     "Advice",
+    "Alignment",
     "BatchSizeSchedule",
     "Coverage",
     "Dense",
+    "FullNoiseScale",
     "Goal",
     "Layout",
     "Monitor",
@@ -45,8 +51,10 @@ __all__ = [
     "Rows",
     "StepTime",
     "advise",
+    "alignment",
     "attach",
     "check",
+    "full_noise_scale",
     "per_example_sq_norms",
     "random_sign_sq_norms",
     "rule",

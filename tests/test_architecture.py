@@ -23,6 +23,9 @@ MAY_IMPORT = {
     "monitor": {"collectors", "estimators", "sinks", "advice", "config", "methods", "pace"},
     "lightning": {"monitor", "config", "sinks", "advice", "estimators"},
     "checking": {"collectors", "estimators", "norms"},
+    "part_gradients": {"norms"},
+    "curvature": {"estimators", "part_gradients"},
+    "halves": {"collectors", "estimators", "norms", "part_gradients"},
     "hf": {"monitor", "config", "sinks", "norms", "advice"},
 }
 WITHOUT_TORCH = {"estimators", "advice", "config", "pace", "sinks", "plots", "report"}
