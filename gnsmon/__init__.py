@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gnsmon.checking import check
     from gnsmon.config import MonitorConfig
     from gnsmon.estimators import Reading
+    from gnsmon.estimators.health import Health
     from gnsmon.monitor import Coverage, Monitor, attach
     from gnsmon.norms.forms import Dense, Outer, Rows
     from gnsmon.norms.oracles import per_example_sq_norms, random_sign_sq_norms
@@ -23,6 +24,7 @@ _HOME = {
     "checking": ("check",),
     "config": ("MonitorConfig",),
     "estimators": ("Reading",),
+    "estimators.health": ("Health",),
     "monitor": ("Coverage", "Monitor", "attach"),
     "norms.forms": ("Dense", "Outer", "Rows"),
     "norms.oracles": ("per_example_sq_norms", "random_sign_sq_norms"),
@@ -35,6 +37,7 @@ __all__ = [
     "Advice",
     "Coverage",
     "Dense",
+    "Health",
     "Monitor",
     "MonitorConfig",
     "Outer",
