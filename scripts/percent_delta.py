@@ -53,7 +53,7 @@ class ByTensor(torch.optim.Optimizer):
 
 def lars(w: Tensor, g: Tensor) -> Tensor:
     """|w| / |g|: the trust ratio of You, Gitman & Ginsburg 2017, without weight decay."""
-    return w.norm() / g.norm()
+    return _over(w.norm(), g.norm())
 
 
 def percent_delta(w: Tensor, g: Tensor) -> Tensor:
@@ -62,7 +62,12 @@ def percent_delta(w: Tensor, g: Tensor) -> Tensor:
     Numbers with w = 0 are left out of sum and size.
     """
     there = w != 0
-    return there.sum() / (g[there] / w[there]).abs().sum()
+    return _over(there.sum(), (g[there] / w[there]).abs().sum())
+
+
+def _over(a: Tensor, b: Tensor) -> Tensor:
+    """Of a / b, 0 where b is: a tensor without a gradient stays where it is, and one of zeros."""
+    return a / b if b > 0 else torch.zeros_like(b)
 
 
 Make = Callable[[Iterable[Tensor], float], torch.optim.Optimizer]

@@ -159,7 +159,7 @@ def by_layer(model, values):
     found = {}
     for (name, _), value in zip(model.named_parameters(), values, strict=True):
         layer = name.rpartition(".")[0]
-        found[layer] = found.get(layer, 0.0) + float(value)
+        found[layer] = found.get(layer, 0.0) + float(value.detach())
     return found
 
 
@@ -176,7 +176,7 @@ def test_all_numbers_of_a_run_are_those_of_brute_force():
             nn.utils.clip_grad_norm_(model.parameters(), 1e-3)  # comes too late to be seen
             optimizer.step()
             health = gns.health
-            after = list(model.parameters())
+            after = [p.detach() for p in model.parameters()]
 
             squares = by_layer(model, [g.square().sum() for g in grads])
             whole = sum(squares.values())
@@ -192,7 +192,7 @@ def test_all_numbers_of_a_run_are_those_of_brute_force():
             assert (health.layer_clip_factor, health.layer_clip_cosine) == pytest.approx(left)
             assert health.steps == step + 1
 
-            sizes = by_layer(model, [p.numel() for p in after])
+            sizes = by_layer(model, [torch.tensor(p.numel()) for p in after])
             ratio = norms["head"] / norms["conv"] * math.sqrt(sizes["conv"] / sizes["head"])
             assert health.depth_ratio == pytest.approx(ratio)
             assert (health.first, health.last) == (("conv",), ("head",))
@@ -318,7 +318,7 @@ def test_percent_delta_and_lars_keep_what_they_promise():
                     if name == "norm.bias":  # it begins at 0 and by these rules stays there
                         assert known is None or scale is scripted.lars
                     elif scale is scripted.lars:
-                        length = (p - before[name]).norm() / before[name].norm()
+                        length = (p.detach() - before[name]).norm() / before[name].norm()
                         assert float(length) == pytest.approx(rate)
                     else:
                         assert known == pytest.approx(rate)
@@ -467,6 +467,7 @@ def test_an_unused_parameter_does_not_leave_the_share_out():
         assert "spare" not in gns.health.groups
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_a_compiled_model_has_no_single_norms():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -527,7 +528,7 @@ def test_two_optimizers_make_one_health_of_both():
                     for n, p in model.named_parameters()
                     if n.startswith(name)
                 ]
-                expected = float(torch.cat(own).mean())
+                expected = float(torch.cat(own).mean().detach())
                 assert gns.health.groups[name].relative_change == pytest.approx(expected)
     table = read_log(gns.run_dir).health
     assert table["step"].tolist() == [0, 1, 2]
@@ -560,7 +561,7 @@ def test_a_closure_is_seen():
                 ((p - old) / old).abs().flatten()
                 for p, old in ((model.up.weight, before), (model.up.bias, bias))
             ]
-            expected = float(torch.cat(moved).mean())
+            expected = float(torch.cat(moved).mean().detach())
             assert gns.health.groups["up"].relative_change == pytest.approx(expected)
 
 
@@ -820,11 +821,11 @@ def on_ranks(rank, kind):
             assert group.grad_norm == pytest.approx(math.sqrt(norms[name]))
         assert "not gathered over ranks" in health.notes["above_bound"]
         if kind == "ddp":
-            assert health.relative_change == pytest.approx(float(torch.cat(moved).mean()))
+            assert health.relative_change == pytest.approx(float(torch.cat(moved).mean().detach()))
             assert "relative_change" not in health.notes
         else:
             half = torch.cat([m.reshape(2, -1)[rank] for m in moved])  # of dimension 0, all even
-            assert health.relative_change == pytest.approx(float(half.mean()))
+            assert health.relative_change == pytest.approx(float(half.mean().detach()))
             assert "this rank's shards" in health.notes["relative_change"]
 
 
