@@ -242,6 +242,23 @@ def test_a_bias_that_begins_at_zero_is_left_out_and_counted():
         assert gns.health.groups["norm"].clip_factor is None
 
 
+def test_a_sample_counts_for_all_of_its_tensor(monkeypatch):
+    monkeypatch.setattr(watching, "SAMPLE", 20)
+    model, optimizer, batch = make(lr=0.1)
+    with watch(model, optimizer, diagnostics=True) as gns:
+        before = [p.detach().clone() for p in model.up.parameters()]  # [16, 8] and [16]
+        plain(model, optimizer, batch)
+        weight, bias = (
+            ((p.detach() - old) / old).abs().flatten()
+            for p, old in zip(model.up.parameters(), before, strict=True)
+        )
+        weight = weight[::7]  # the least that leaves 20 of 128 and is prime to it
+        group = gns.health.groups["up"]
+        assert group.coordinates == 19 + 16
+        expected = (128 * weight.mean() + 16 * bias.mean()) / (128 + 16)
+        assert group.relative_change == pytest.approx(float(expected))
+
+
 def test_without_diagnostics_there_is_no_health():
     model, optimizer, batch = make()
     with watch(model, optimizer) as gns:
@@ -373,6 +390,30 @@ def test_single_norms_are_those_of_brute_force_in_their_order():
             assert found[0].each_sq_norms == pytest.approx(expected, rel=1e-9)
 
 
+def test_what_autograd_grad_brings_is_not_counted():
+    model, optimizer, batch = make()
+    bound = a_bound(own_sq_norms(model, batch), 2)
+    with watch(model, optimizer, diagnostics=True, norm_bound=bound) as gns:
+        loss = loss_of(model, batch)
+        torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        loss.backward()
+        optimizer.step()
+        assert gns.health.above_bound == 2 / 6
+
+
+def test_a_sketch_beside_the_exact_norms_stays_a_sketch():
+    found = []
+    for settings in ({}, {"diagnostics": True, "norm_bound": 1.0}):
+        model, optimizer, batch = make()
+        with watch(model, optimizer, method=["pepgns", "sketch"], subspace=1, **settings) as gns:
+            for sketch in gns._sources[0][0].taps.sketches.values():
+                sketch.passes = 0  # or layers as narrow as these would be exact
+            plain(model, optimizer, batch)
+            found.append({name: reading.raw for name, reading in gns.readings.items()})
+    assert found[0] == found[1]
+    assert found[0]["sketch"].parts_sq_norm != found[0]["pepgns"].parts_sq_norm
+
+
 class Scaled(nn.Module):
     """A layer without a rule, which is replayed."""
 
@@ -424,6 +465,7 @@ def test_a_loss_scale_is_undone():
         scaler.update()
         assert gns.health.grad_norm == pytest.approx(norm, rel=1e-5)
         assert gns.health.clip_factor == pytest.approx(0.5, rel=1e-5)
+        assert sum(g.grad_share for g in gns.health.groups.values()) == pytest.approx(1)
         assert gns.health.above_bound == 3 / 8
 
 
