@@ -8,7 +8,7 @@ SGD, Adam, LARS and PercentDelta change each trainable tensor in a step. Here th
 scikit-learn's digits (MNIST itself with --data-dir) by each of them, from the same start and on the
 same batches, at a constant rate; the measure is the monitor's own, mean |dw / w| of each tensor.
 
-It prints a table and writes a picture, and puts both into docs/health.md with --write.
+It prints a table and draws a picture; with --write both go to docs/health.md and its figures.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Changes:
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="Steps of each optimizer.")] = 400,
+    steps: Annotated[int, typer.Option(help="Steps of each optimizer.")] = 300,
     batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 64,
     every: Annotated[int, typer.Option(help="One step in so many is measured.")] = 5,
     seed: Annotated[int, typer.Option(help="Of the weights and the batches.")] = 0,
@@ -112,7 +112,8 @@ def main(
         for name, (_, rates) in OPTIMIZERS.items():
             found = [run(name, rate, data, steps, batch_size, 10**6, seed)[1] for rate in rates]
             pairs = zip(rates, found, strict=True)
-            print(f"{name}: " + ", ".join(f"{rate:g}: {right:.1%}" for rate, right in pairs))
+            text = ", ".join(f"{rate:g}: {right:.1%}" for rate, right in pairs)
+            print(f"{name}: {text}", flush=True)
         return
     runs = {
         name: run(name, rate, data, steps, batch_size, every, seed) for name, rate in RATES.items()
