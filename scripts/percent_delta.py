@@ -204,7 +204,7 @@ def draw(runs: dict[str, list[gnsmon.Health]], path: Path) -> None:
     """A panel for each optimizer, a line for each tensor; biases are dashed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.4), layout="constrained", dpi=110)
+    figure = Figure(figsize=(11, 3.7), layout="constrained", dpi=110)
     panels = figure.subplots(1, len(runs), sharey=True)
     for panel, (name, healths) in zip(panels, runs.items(), strict=True):
         steps = [health.step for health in healths]
@@ -215,7 +215,7 @@ def draw(runs: dict[str, list[gnsmon.Health]], path: Path) -> None:
         panel.grid(color="#e9e9e9")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("mean |dw / w| of a step")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
