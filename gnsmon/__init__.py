@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gnsmon.config import MonitorConfig
     from gnsmon.curvature import FullNoiseScale, full_noise_scale
     from gnsmon.estimators import Reading
+    from gnsmon.estimators.health import Health
     from gnsmon.halves import Alignment, alignment
     from gnsmon.monitor import Coverage, Monitor, attach
     from gnsmon.norms.forms import Dense, Outer, Rows
@@ -27,6 +28,7 @@ _HOME = {
     "curvature": ("FullNoiseScale", "full_noise_scale"),
     "estimators": ("Reading",),
     "halves": ("Alignment", "alignment"),
+    "estimators.health": ("Health",),
     "monitor": ("Coverage", "Monitor", "attach"),
     "norms.forms": ("Dense", "Outer", "Rows"),
     "norms.oracles": ("per_example_sq_norms", "random_sign_sq_norms"),
@@ -44,6 +46,7 @@ __all__ = [
     "FullNoiseScale",
     "Goal",
     "Layout",
+    "Health",
     "Monitor",
     "MonitorConfig",
     "Outer",

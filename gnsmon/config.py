@@ -81,6 +81,15 @@ class MonitorConfig(BaseModel):
     """Where readings go beside the log: "tensorboard:runs/a", "console", "csv", a function, ..."""
     run_dir: Path | None = None
     """Folder of gns.jsonl and of sinks without a path; runs/gnsmon-<time> unless named."""
+    diagnostics: bool = False
+    """Watch the layers' health too, in the same pass: see docs/health.md."""
+    clip: float | None = Field(None, gt=0)
+    """For diagnostics: the gradient norm at which clipping would begin, of all and of each layer.
+
+    Nothing is clipped.
+    """
+    norm_bound: float | None = Field(None, gt=0)
+    """For diagnostics: a bound on the norm of an example's own gradient."""
     batch_dim: int = Field(0, ge=0, le=1)
     """Axis of the examples in the input and output of every layer."""
     strict: bool = False
@@ -132,6 +141,10 @@ class MonitorConfig(BaseModel):
             raise ValueError(
                 f'overhead is for every="auto", and every is {self.every}; give one of them'
             )
+        if not self.diagnostics:
+            for key in ("clip", "norm_bound"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} is for diagnostics=True, and diagnostics is off")
         if len(set(self.method)) < len(self.method):
             raise ValueError(f"method names a source twice: {self.method}")
         if self.calibrate_every and not any(m.partition("+")[0] in CALIBRATED for m in self.method):

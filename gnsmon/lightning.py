@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from gnsmon.advice import Advice
 from gnsmon.config import MonitorConfig, load
+from gnsmon.estimators.health import Health
 from gnsmon.estimators.values import Reading
 from gnsmon.monitor import Monitor, attach
-from gnsmon.sinks.keys import prefix, scalars
+from gnsmon.sinks.keys import health_scalars, prefix, scalars
 
 try:
     import lightning.pytorch as pl
@@ -239,6 +240,12 @@ class _Loggers:
         """Log every number that the reading has."""
         _, *method = prefix(reading.method, self._primary or reading.method).split("/")
         values = scalars(reading, "/".join([self._root, *method]))
+        for logger in self._trainer.loggers:
+            logger.log_metrics(values, step=self._trainer.global_step)
+
+    def health(self, health: Health) -> None:
+        """Log every number of the layers' health."""
+        values = health_scalars(health, self._root)
         for logger in self._trainer.loggers:
             logger.log_metrics(values, step=self._trainer.global_step)
 

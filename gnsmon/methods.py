@@ -65,6 +65,7 @@ def sources(
             subspace=config.subspace,
             probes=config.probes,
             engine=config.engine,
+            each=config.norm_bound is not None,
             ranks=ranks,
             **options,
         )

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from gnsmon.advice import Advice, Goal, advise
 from gnsmon.collectors.groups import group_of
-from gnsmon.collectors.per_example import NOT_A_NORM
+from gnsmon.collectors.per_example import EXACT, NOT_A_NORM
 from gnsmon.collectors.random_signs import RandomSigns
 from gnsmon.collectors.reduction import Ranks, others, over_ranks
 from gnsmon.collectors.shards import refusal
@@ -41,7 +41,9 @@ from gnsmon.collectors.step import (
     StepNorms,
 )
 from gnsmon.estimators import Estimator, Groups, NormPair, Reading, obstacle
+from gnsmon.estimators.health import Health
 from gnsmon.estimators.values import SCHEMA, Array
+from gnsmon.health import HealthWatch
 from gnsmon.methods import PATIENCE, Method, Outcome, sources
 from gnsmon.pace import Fixed, Paced
 from gnsmon.sinks import SinkSet, open_sink
@@ -228,6 +230,7 @@ class Monitor:
         self.step = 0  # optimizer steps since the run began
         self.skipped: Counter[str] = Counter()  # reason -> measurements dropped
         self.readings: dict[str, Reading] = {}  # method -> its last reading
+        self.health: Health | None = None  # the last, with diagnostics=True
         self._first_step = 0
         self._overflows = 0  # in a row
         self._counted: dict[str, tuple[Any, float]] = {}  # method -> what is measured, its share
@@ -241,11 +244,56 @@ class Monitor:
         self._sinks = SinkSet(sinks if writes else [], strict=config.strict)
         self._started = False
         self._losses: list[tuple[int, float]] = []
-        self._hooks = [
+        self._watch = self._watched(names) if config.diagnostics else None
+        self._hooks = self._around_steps() + [
             o.register_step_post_hook(lambda *_, first=(i == 0): self._stepped(first))
             for i, o in enumerate(self._optimizers)
         ]
         self._arm()
+
+    def _watched(self, names: Sequence[str]) -> HealthWatch:
+        return HealthWatch(
+            self.model,
+            self._optimizers,
+            names,
+            self._groups,
+            self._by_group,
+            config=self.config,
+            ranks=self._ranks,
+            deliver=self._tell_health,
+        )
+
+    def _around_steps(self) -> list[Any]:
+        """The hooks by which the diagnostics see the optimizers' steps, before these end ours."""
+        hooks = []
+        for i, o in enumerate(self._optimizers if self._watch else ()):
+            before = o.register_step_pre_hook(
+                lambda *_, i=i: self._diagnose(lambda watch: watch.before(i, self._asked))
+            )
+            after = o.register_step_post_hook(
+                lambda *_, i=i: self._diagnose(lambda watch: watch.after(i))
+            )
+            hooks += [before, after]
+        return hooks
+
+    @property
+    def _asked(self) -> bool:
+        """Whether the present step is to be measured."""
+        return not (self._off or self._closed) and any(c.wanted for c, _ in self._sources)
+
+    def _diagnose(self, look: Callable[[HealthWatch], None]) -> None:
+        """Have the diagnostics look; where that fails, switch them off, for training must go on."""
+        if self._watch is None:
+            return
+        watch = self._watch
+        if isinstance(fault := self._guarded(lambda: look(watch)), Skipped):
+            self._watch = None
+            self.warn(f"diagnostics switched off: {fault.detail}")
+
+    def _tell_health(self, health: Health) -> None:
+        self.health = health
+        self._start()
+        self._sinks.health(health)
 
     def _check_ranks(self) -> None:
         """Raises ValueError where the methods, or the model, do not fit the ranks."""
@@ -358,6 +406,7 @@ class Monitor:
             "skipped": dict(self.skipped),
             "estimators": {m: e.state_dict() for m, e in self._estimators.items()},
             "pace": self._clock.state_dict(),
+            **({"health": self._watch.state_dict()} if self._watch else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -385,6 +434,7 @@ class Monitor:
         for name, method in self._methods.items():
             method.load_state_dict(state["methods"][name])
         self.skipped = Counter(state["skipped"])
+        self._diagnose(lambda watch: watch.load_state_dict(state.get("health")))
         self._clock = self._paced(state.get("pace"))
         self._arm()
 
@@ -392,6 +442,7 @@ class Monitor:
         """Give the last advice to the sinks, close them and leave the model as it was."""
         if self._closed:
             return
+        self._diagnose(lambda watch: watch.flush())
         self._closed = True
         for hook in self._hooks:
             hook.remove()
@@ -428,7 +479,8 @@ class Monitor:
                 self._arm()
             return
         found: dict[str, Outcome] = {}
-        for (collector, names), outcome in zip(self._sources, self._shares(), strict=True):
+        shares = self._shares()
+        for (collector, names), outcome in zip(self._sources, shares, strict=True):
             if isinstance(outcome, Share):
                 outcome = self._guarded(lambda c=collector, s=outcome: self._norms(c, s))
             found |= outcome if isinstance(outcome, dict) else dict.fromkeys(names, outcome)
@@ -439,6 +491,8 @@ class Monitor:
                 if not any(outcome is other for other in said):
                     self._skip(method, outcome)
                 said.append(outcome)
+        exact = found.get("pepgns", found.get(EXACT))
+        self._diagnose(lambda watch: watch.take(self.step, shares, exact, self._scale))
         self._clock.tick(True)
         self.step += first
         self._arm()
@@ -493,8 +547,12 @@ class Monitor:
         norms = collector.norms(share)
         if isinstance(norms, Skipped):
             return norms
-        scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
-        return {method: of.unscaled(scale) for method, of in norms.items()}
+        return {method: of.unscaled(self._scale) for method, of in norms.items()}
+
+    @property
+    def _scale(self) -> float:
+        """What the loss, and with it the gradient, was multiplied by."""
+        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
 
     def _guarded(self, fn: Callable[[], Any]) -> Any:
         """`fn()`; a failure as the reason to skip a measurement, for training must go on."""

@@ -16,7 +16,14 @@ from rich.table import Table
 from gnsmon.advice import Advice
 from gnsmon.estimators.values import Reading
 from gnsmon.sinks.jsonl import Log, read_log
-from gnsmon.sinks.wording import approximation, interval, noise_scale, number, verdict
+from gnsmon.sinks.wording import (
+    approximation,
+    interval,
+    layer_health,
+    noise_scale,
+    number,
+    verdict,
+)
 
 MOST_GROUPS = 12
 Rows = tuple[tuple[str, ...], ...]
@@ -56,6 +63,7 @@ def summarise(log: Log) -> Report:
         _trend(log),
         _gaps(log, reading),
         _groups(log, reading),
+        _health(log),
         Section("Advice", tuple(log.advice[-1]["text"].split("\n\n")) if log.advice else ()),
     )
     return Report(log.path, reading, tuple(s for s in sections if s.text or s.rows))
@@ -211,6 +219,32 @@ def _groups(log: Log, reading: Reading) -> Section:
     text = (f"The {len(ranked)} noisiest of {len(noise)}.",) if len(noise) > len(ranked) else ()
     columns = ("layer", "share of noise", "noise scale", f"{log.level * 100:g}%")
     return Section("Layers", text, (columns, *rows))
+
+
+def _health(log: Log) -> Section:
+    health = log.latest_health()
+    if health is None:
+        return Section("Layer health")
+    groups = health.groups
+    ranked = sorted(groups, key=lambda name: -groups[name].grad_norm)[:MOST_GROUPS]
+    shown = [name for name in groups if name in ranked]  # in the order of the layers
+    columns: dict[str, list[str]] = {
+        "layer": shown,
+        "gradient norm": [number(groups[n].grad_norm) for n in shown],
+        "share of its square": [_percent(groups[n].grad_share) for n in shown],
+    }
+    if health.clip is not None:
+        columns["clipped by"] = [number(groups[n].clip_factor) for n in shown]
+        columns["in steps"] = [_percent(groups[n].clip_share) for n in shown]
+    if health.relative_change is not None:
+        columns["mean |dw/w|"] = [number(groups[n].relative_change) for n in shown]
+    most = (f"The {len(shown)} of the largest gradients of {len(groups)}.",)
+    text = (*layer_health(health), *(most if len(shown) < len(groups) else ()))
+    return Section("Layer health", text, (tuple(columns), *zip(*columns.values(), strict=True)))
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 def _flat(value: Any) -> str:

@@ -20,7 +20,10 @@ MAY_IMPORT = {
     "report": {"estimators", "sinks", "plots", "advice"},
     "collectors": {"norms", "estimators"},
     "methods": {"collectors", "estimators", "config"},
-    "monitor": {"collectors", "estimators", "sinks", "advice", "config", "methods", "pace"},
+    "health": {"collectors", "estimators"},
+    "monitor": {
+        *("collectors", "estimators", "sinks", "advice", "config", "methods", "pace", "health"),
+    },
     "lightning": {"monitor", "config", "sinks", "advice", "estimators"},
     "checking": {"collectors", "estimators", "norms"},
     "part_gradients": {"norms"},

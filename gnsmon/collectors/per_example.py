@@ -63,6 +63,7 @@ class _Pass:
     uses: list[dict[str, Form]] = field(default_factory=list)  # of shared parameters
     joined: set[str] = field(default_factory=set)  # parameters whose uses were among these
     compiled: dict[LayerTap, Tensor] = field(default_factory=dict)  # uses, links of each parameter
+    each: dict[str, list[Tensor]] = field(default_factory=dict)  # norms [B] of each parameter
 
 
 class PerExample:
@@ -77,7 +78,7 @@ class PerExample:
     function call, a penalty on the weights, gradients that were clamped or never cleared.
 
     Args: see `Taps`; `methods` are any of `METHODS`; with `calibrated`, `arm` may ask for exact
-    norms beside them.
+    norms beside them; with `each`, a share has the norms of the single examples.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class PerExample:
         subspace: int = SUBSPACE,
         probes: int = 1,
         engine: str = "hooks",
+        each: bool = False,
         ranks: Ranks = ALONE,
     ):
         self.model, self.methods, self.strict = model, tuple(methods), strict
@@ -106,6 +108,7 @@ class PerExample:
             subspace=subspace,
             probes=probes,
             engine=engine,
+            wants_each=each,
             seed=ranks.rank,  # lest the sketches of all ranks err alike
         )
         if "norm_layers" in methods and not self._in_norms():
@@ -237,6 +240,10 @@ class PerExample:
         taps.brought.clear()
         self._passes[-1].uses.extend(use for task, use in taps.deferred if task in tasks)
         taps.deferred.clear()
+        for some in taps.each:
+            if some.task in tasks:
+                self._passes[-1].each.setdefault(some.name, []).append(some.sq_norms)
+        taps.each.clear()
         taps.fired.clear()
         self._big, self._along, self._vectors, self._present = {}, {}, {}, {}
         vectors: dict[torch.device, dict[str, Tensor]] = {}
@@ -299,6 +306,8 @@ class PerExample:
                 for way in self.taps.ways
             ]
             pieces.append(form.sum_along(direction.signs, direction.rows))
+            if self.taps.wants_each and "exact" in asked:
+                self._passes[-1].each[name] = [form.sq_norms()]
             joined = torch.cat([wide(piece) for piece in pieces])
             self._shared[name] = self._shared.get(name, 0) + joined
             self._passes[-1].joined.add(name)
@@ -315,13 +324,14 @@ class PerExample:
         if not self._passes:
             return self._nothing_fired()
         self._settle()
-        layers, eager, shared, big, along, vectors, weights, *compiled = to_host(
+        layers, eager, shared, big, along, vectors, each, weights, *compiled = to_host(
             self._layers,
             self._gathered.flat,
             self._shared,
             self._big,
             self._along,
             self._vectors,
+            self._each(),
             self._weight_sums(),
             *(p.compiled for p in self._passes),
         )
@@ -381,7 +391,42 @@ class PerExample:
             microbatch=batches[-1],
             microbatches=len(batches),
             missing=missing,
+            each_sq_norms=self._own_norms(each, weights) if taps.wants_each else None,
         )
+
+    def _each(self) -> dict[int, Tensor]:
+        """The squared norms [B] of the examples of each microbatch, over all parameters."""
+        found = {}
+        for i, p in enumerate(self._passes):
+            norms = [torch.cat(some) if len(some) > 1 else some[0] for some in p.each.values()]
+            if norms and all(len(n) == p.batch for n in norms):
+                device = norms[0].device
+                found[i] = torch.stack([wide(n).to(device) for n in norms]).sum(0)
+        return found
+
+    def _own_norms(
+        self, each: Mapping[int, Array], weights: Mapping[str, Array]
+    ) -> Array | Skipped:
+        """The squared norm of each example's own gradient, of which `.grad` is the weighted mean.
+
+        [examples], at the loss's scale; `.grad` is the sum of these gradients times their weights.
+        """
+        if any(p.compiled for p in self._passes):
+            return Skipped("compiled", "a compiled model brings sums over the examples alone")
+        measured = {name for p in self._passes for name in p.each}
+        if rest := self._present.keys() - measured:
+            return Skipped(
+                "examples",
+                f"{len(rest)} parameter(s) have no exact norms by example, as method 'pepgns' "
+                f"takes them: {min(rest)} is one",
+            )
+        if len(each) < len(self._passes):
+            return Skipped("examples", "not all layers saw all the examples of the batch")
+        norms = np.concatenate([each[i] for i in range(len(each))])
+        if not weights:
+            return norms * len(norms) ** 2
+        w = weights["each"]
+        return norms[w > 0] * np.square(w.sum() / w[w > 0])
 
     def _proof(self, values: Mapping[str, tuple[int, Array]]) -> Array:
         """The rows of all parameters' proofs; of each there are some, from a first one on."""
@@ -453,7 +498,8 @@ class PerExample:
         weights = torch.cat(each).double()
         integral = not any(w.is_floating_point() for w in each)
         sums = [weights.sum(), weights.square().sum(), weights.new_tensor(float(integral))]
-        return {"sums": torch.stack(sums)}
+        found = {"sums": torch.stack(sums)}
+        return {**found, "each": weights} if self.taps.wants_each else found
 
     def _apart(self, compiled: Sequence[Mapping[LayerTap, Array]]) -> dict[str, str]:
         """Parameters with compiled uses of which two were not linked: no proof would show it."""

@@ -99,6 +99,8 @@ class Share:
     microbatch: int
     microbatches: int
     missing: dict[str, str]
+    # [examples] of each one's own gradient, or why they are not known; None where not asked for
+    each_sq_norms: Array | Skipped | None = None
 
     def norms(self, measured: Array, missing: dict[str, str]) -> StepNorms:
         """Those of the parameters `measured` [n_parameters], by the first slot."""

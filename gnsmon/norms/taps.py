@@ -68,6 +68,14 @@ class Brought(NamedTuple):
     pieces: list[Tensor | Fill]  # of its vector
 
 
+class Each(NamedTuple):
+    """The squared norms of each example's gradient of one parameter, in a backward."""
+
+    task: int  # the backward
+    name: str  # of the parameter
+    sq_norms: Tensor  # [B], or of some of them in their order
+
+
 class _Tap(torch.autograd.Function):
     """The identity on a layer's output; its backward gives `probe` the statistics as a gradient.
 
@@ -443,11 +451,15 @@ class LayerTap:
         mine = {} if deferred else forms
         known = {} if deferred or sums is None else self._fused(forms, sums)
         pieces: list[Tensor | Fill] = [Fill(layout.batch, 1)]
+        each = known
+        if self.taps.wants_each and "exact" in self.ways and not compiled:
+            each = self._each(mine, known)
         for own in self.owned:
             for name in self.taps.ways:
                 way, asked = WAYS[name], name in self.ways
                 if asked and own in mine:
-                    pieces.append(way.sums(mine[own], self.sketches.get(own), known.get(own)))
+                    norms = each if name == "exact" else known
+                    pieces.append(way.sums(mine[own], self.sketches.get(own), norms.get(own)))
                 else:
                     pieces.append(Fill(ABSENT if asked and not deferred else 0.0, way.width))
         for own in self.owned:
@@ -459,6 +471,14 @@ class LayerTap:
                 direction = self.directions[own]
                 pieces.append(mine[own].sum_along(direction.signs, direction.rows))
         return [*pieces, Fill(float(compiled), 1), Fill(0.0, len(self.owned))]
+
+    def _each(self, forms: Mapping[str, Form], known: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The squared norms [B] of the parameters, kept in `Taps.each` too."""
+        norms = {own: known[own] if own in known else f.sq_norms() for own, f in forms.items()}
+        task = torch._C._current_graph_task_id()
+        name = dict(self.pairs())
+        self.taps.each.extend(Each(task, name[own], norms[own]) for own in norms)
+        return norms
 
     def _fused(self, forms: Mapping[str, Form], sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """The squared norms that come with the sum of the gradients, which goes to `sums`."""
@@ -486,6 +506,7 @@ class Taps:
         subspace, probes: see `Sketch`.
         engine: "auto", "fused" or "hooks": see `MonitorConfig`.
         seed: of the probes' random stream.
+        wants_each: keep the exact norms of each example too, of an eager model.
     """
 
     def __init__(
@@ -500,8 +521,9 @@ class Taps:
         probes: int = 1,
         engine: str = "hooks",
         seed: int = 0,
+        wants_each: bool = False,
     ):
-        self.engine = engine
+        self.engine, self.wants_each = engine, wants_each
         self.model, self.ways, self.batch_dim = model, tuple(ways), batch_dim
         self._seed = seed
         self.slots = sum(WAYS[way].width for way in ways)
@@ -622,6 +644,7 @@ class Taps:
         # Forms of shared parameters, a dict a use, each with the backward that it came from.
         self.deferred: list[tuple[int, dict[str, Form]]] = []
         self.brought: list[Brought] = []
+        self.each: list[Each] = []
         self.fired: set[tuple[int, int, int]] = set()  # backward, forward, batch
         self.coupled: str | None = None  # why examples are not independent
         self.fault: str | None = None
@@ -685,6 +708,7 @@ class Taps:
             # What was not taken at the end of its backward was torch.autograd.grad's.
             self.deferred.clear()
             self.brought.clear()
+            self.each.clear()
             self.fired.clear()
 
     def order(self, x: Tensor, rows: int) -> int | None:

@@ -1,7 +1,8 @@
 """Where readings go: a sink is any callable that takes a `Reading`.
 
-It may also have `start(header, step)`, `loss(step, value)`, `advise(text, suggested)` and
-`close()`; those it has are called (`gnsmon.sinks.base`). So `readings.append` is a sink, and so is
+It may also have `start(header, step)`, `health(health)`, `loss(step, value)`,
+`advise(text, suggested)` and `close()`; those it has are called (`gnsmon.sinks.base`). So
+`readings.append` is a sink, and so is
 
 >>> class Largest:
 ...     value = 0.0

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+from gnsmon.estimators.health import Health
 from gnsmon.estimators.values import Reading
 
 Sink: TypeAlias = Callable[[Reading], object]
@@ -22,6 +23,14 @@ class Starts(Protocol):
 
         `step` is 0 for a fresh run and the resumed step otherwise.
         """
+
+
+@runtime_checkable
+class ShowsHealth(Protocol):
+    """A sink that wants the layers' health too."""
+
+    def health(self, health: Health) -> None:
+        """Take the health of a measured step, after the step's readings."""
 
 
 @runtime_checkable
@@ -74,6 +83,10 @@ class SinkSet:
     def __call__(self, reading: Reading) -> None:
         """Hand a reading to every sink."""
         self._each(lambda sink: sink(reading))
+
+    def health(self, health: Health) -> None:
+        """Hand the layers' health to the sinks that have `health`."""
+        self._each(lambda sink: isinstance(sink, ShowsHealth) and sink.health(health))
 
     def loss(self, step: int, value: float) -> None:
         """Hand a training loss to the sinks that have `loss`."""

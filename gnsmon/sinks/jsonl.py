@@ -18,8 +18,10 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from gnsmon.estimators.health import Health
 from gnsmon.estimators.values import SCHEMA, Array, Reading, Status
 from gnsmon.sinks.files import open_log
+from gnsmon.sinks.keys import OF_HEALTH
 
 Record = dict[str, Any]
 CHUNK = 10_000  # rows of a table that wait for their place in it
@@ -28,17 +30,19 @@ READING = np.dtype(
     [("step", int), ("examples", int), ("method", object), ("status", object)]
     + [(name, float) for name in ("b_simple", "low", "high", "grad_sq_norm", "tr_sigma", "wall")]
 )
+HEALTH = np.dtype([("step", int)] + [(name, float) for name in OF_HEALTH])
 LINE = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
 LOSS = np.dtype([("step", int), ("loss", float)])
 
 
 class Jsonl:
-    """Appends one JSON object per line to `path`: headers, readings, losses, advice.
+    """Appends one JSON object per line to `path`: headers, readings, health, losses, advice.
 
     Every line carries `schema`, `wall` (Unix seconds), `kind` and `step` and is on disk when the
-    call returns. A number that is not finite is written as null. A reading's `groups` are its last
-    field, and by columns: `name`, `status`, `b_simple`, ... are lists in the same order; a group's
-    reason is the text at position `reason` of `reasons`, with the number `about` in its braces.
+    call returns. A number that is not finite is written as null. The `groups` of a reading or of
+    health are its last field, and by columns: `name`, `status`, `b_simple`, ... are lists in the
+    same order; a group's reason is the text at position `reason` of `reasons`, with the number
+    `about` in its braces.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -61,6 +65,10 @@ class Jsonl:
         """Append the reading."""
         self._step = reading.step
         self._write(reading.to_json(arrays=True))
+
+    def health(self, health: Health) -> None:
+        """Append the layers' health."""
+        self._write(health.to_json(arrays=True))
 
     def loss(self, step: int, value: float) -> None:
         """Append the training loss of one step."""
@@ -111,6 +119,10 @@ class Log:
     last: dict[str, Record]  # each method's last reading, whole
     advice: list[Record] = field(default_factory=list)
     unreadable: int = 0  # lines torn by a kill or a full disk, left out
+    health: NDArray[np.void] = field(  # of type HEALTH: the whole model's numbers
+        default_factory=lambda: np.zeros(0, HEALTH)
+    )
+    last_health: Record | None = None  # whole
 
     @property
     def header(self) -> Record:
@@ -166,6 +178,10 @@ class Log:
         record = self.last.get(self._named(method) or "")
         return None if record is None else Reading.from_json(record)
 
+    def latest_health(self) -> Health | None:
+        """The layers' health at the last measured step, None without diagnostics."""
+        return None if self.last_health is None else Health.from_json(self.last_health)
+
     def _named(self, method: str | None) -> str | None:
         return method or next(iter(self.methods), None)
 
@@ -182,7 +198,8 @@ def read_log(path: str | Path) -> Log:
     an empty file, a file that is not a log, or one that another version of gnsmon wrote.
     """
     path = log_file(path)
-    readings, losses = _Table(READING), _Table(LOSS)
+    readings, losses, healths = _Table(READING), _Table(LOSS), _Table(HEALTH)
+    healthy: bytes | None = None
     headers: list[Record] = []
     advice: list[Record] = []
     last: dict[str, bytes] = {}
@@ -195,6 +212,9 @@ def read_log(path: str | Path) -> Log:
         elif kind == "reading":
             readings.add(record)
             last[record["method"]] = line
+        elif kind == "health":
+            healths.add(record)
+            healthy = line
         elif kind == "loss":
             losses.add(record)
         elif kind == "header":
@@ -205,7 +225,9 @@ def read_log(path: str | Path) -> Log:
         what = "no readable line" if unreadable else "an empty file"
         raise ValueError(f"{path}: expected a gns.jsonl with a header line, got {what}")
     whole = {method: orjson.loads(line) for method, line in last.items()}
-    return Log(path, headers, readings.whole(), losses.whole(), whole, advice, unreadable)
+    health = None if healthy is None else orjson.loads(healthy)
+    tables = readings.whole(), losses.whole(), whole, advice, unreadable
+    return Log(path, headers, *tables, healths.whole(), health)
 
 
 def log_file(path: str | Path) -> Path:

@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gnsmon.estimators.health import Health
 from gnsmon.estimators.values import Reading
-from gnsmon.sinks.keys import prefix, scalars
+from gnsmon.sinks.keys import health_scalars, prefix, scalars
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -66,6 +67,11 @@ class TensorBoard:
         if reading.method == self._primary and None not in ends:
             for key, value in zip(MARGIN, ends, strict=True):
                 writer.add_scalar(key, value, reading.step)
+
+    def health(self, health: Health) -> None:
+        """Write every number of the layers' health."""
+        for key, value in health_scalars(health).items():
+            self._open().add_scalar(key, value, health.step)
 
     def loss(self, step: int, value: float) -> None:
         """Write a training loss as train/loss, unless it is not a number."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gnsmon.estimators.health import Health
 from gnsmon.estimators.values import Reading
-from gnsmon.sinks.keys import prefix, scalars
+from gnsmon.sinks.keys import health_scalars, prefix, scalars
 
 
 class Wandb:
@@ -44,11 +45,17 @@ class Wandb:
         """Log every number that the reading has, and `gns/step`."""
         run = self._join()
         self._primary = self._primary or reading.method
-        values = scalars(reading, prefix(reading.method, self._primary))
-        commit = self._owned if self._commit is None else self._commit
-        run.log({"gns/step": reading.step, **values}, commit=commit)
+        self._log(reading.step, scalars(reading, prefix(reading.method, self._primary)))
         if reading.suggested_batch_size is not None and reading.method == self._primary:
             run.summary["gns/suggested_batch_size"] = reading.suggested_batch_size
+
+    def health(self, health: Health) -> None:
+        """Log every number of the layers' health, and `gns/step`."""
+        self._log(health.step, health_scalars(health))
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        commit = self._owned if self._commit is None else self._commit
+        self._join().log({"gns/step": step, **values}, commit=commit)
 
     def advise(self, text: str, suggested: int | None) -> None:
         """Put the advice and the suggestion into the run's summary."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gnsmon.estimators.health import STEEP, Health
 from gnsmon.estimators.values import GroupReading, Reading
 
 
@@ -69,3 +70,67 @@ def verdict(reading: Reading) -> str:
         )
     close = reading.status == "ok" or batch / 2 < b_simple < 2 * batch
     return f"{said}: about right" if close else f"{said}: too early to say"
+
+
+def layer_health(health: Health) -> list[str]:
+    """The layers' health in sentences, warnings among them, and why what is absent is."""
+    said = [f"Step {health.step:,}: gradient norm {number(health.grad_norm)}, before clipping."]
+    said += [*_clipping(health), *_depth(health), *_movement(health)]
+    if health.above_bound is not None:
+        share, bound = f"{health.above_bound:.1%}", number(health.norm_bound)
+        said.append(f"Examples whose own gradient's norm is above {bound}: {share} of this step's.")
+    told = {k: why for k, why in health.notes.items() if not (k == "depth_ratio" and health.first)}
+    return [*said, *(f"{_WHAT.get(k, k)}: {why}." for k, why in told.items())]
+
+
+_WHAT = {
+    "depth_ratio": "Last layers against first",
+    "relative_change": "Change of the weights",
+    "above_bound": "Examples above the norm bound",
+}
+
+
+def _clipping(health: Health) -> list[str]:
+    if health.clip_factor is None or health.clip_share is None:
+        return []
+    said = [
+        f"Clipping at {number(health.clip)} by the global norm would multiply this step by "
+        f"{health.clip_factor:.3g}, and act in {health.clip_share:.0%} of the {health.steps:,} "
+        "measured steps."
+    ]
+    left, cosine = health.layer_clip_factor, health.layer_clip_cosine
+    share = health.layer_clip_share
+    if left is not None and cosine is not None and share is not None:
+        said.append(
+            f"By each layer's norm it would leave {left:.1%} of this step's norm, turned to a "
+            f"cosine of {cosine:.3g} with the gradient, and act on some layer in {share:.0%} of "
+            "the steps."
+        )
+    return said
+
+
+def _depth(health: Health) -> list[str]:
+    ratio = health.depth_ratio
+    if not health.first:
+        return []
+    first, last = (", ".join(names) for names in (health.first, health.last))
+    if ratio is None:
+        return [f"Warning: the gradient has vanished before the first layers ({first})."]
+    said = f"Gradient of the last layers ({last}) over the first ({first}), rms: {ratio:.3g}."
+    if 1 / STEEP <= ratio <= STEEP:
+        return [said]
+    kind = "vanishing" if ratio > 1 else "exploding"
+    bound = f"above {STEEP:g}" if ratio > 1 else f"below 1/{STEEP:g}"
+    return [said, f"Warning: {kind} gradients: that is {bound}."]
+
+
+def _movement(health: Health) -> list[str]:
+    if health.relative_change is None:
+        return []
+    said = f"The step changed the weights by {health.relative_change:.3g} (mean |dw/w|)"
+    if health.change_ratio is not None and health.change_variation is not None:
+        said += (
+            f"; the fastest layer changed {number(health.change_ratio)} times as much as the "
+            f"slowest, coefficient of variation {health.change_variation:.2g}"
+        )
+    return [said + "."]
