@@ -24,8 +24,10 @@ MAY_IMPORT = {
     "lightning": {"monitor", "config", "sinks", "advice", "estimators"},
     "checking": {"collectors", "estimators", "norms"},
     "hf": {"monitor", "config", "sinks", "norms", "advice"},
+    "simulation": {"estimators"},
+    "figures": {"simulation", "estimators", "norms", "sinks", "plots", "demo"},
 }
-WITHOUT_TORCH = {"estimators", "advice", "config", "pace", "sinks", "plots", "report"}
+WITHOUT_TORCH = {"estimators", "advice", "config", "pace", "sinks", "plots", "report", "simulation"}
 
 
 def imports(path):
