@@ -251,5 +251,9 @@ def test_without_matplotlib(monkeypatch):
 def test_numbers_in_tables():
     shown = [number(x) for x in (math.nan, 1234.5, 3.14159, 0.00012345, -2.5e7, math.inf)]
     assert shown == ["-", "1,230", "3.14", "0.000123", "-2.5e+07", "-"]
-    page = Page("x", "t", (), [("a", "|G|²")], lambda path: path.write_bytes(b""))
-    assert page.rows[0][1] == "|G|²"
+
+
+def test_bars_of_a_norm_do_not_end_a_cell(tmp_path):
+    page = Page("x", "t", (), [("a", "|G|²"), ("1", "2")], lambda path: path.write_bytes(b""))
+    _, text = page.write(tmp_path, "gnsmon figures")
+    assert "| a | &#124;G&#124;² |\n| --- | --: |\n| 1 | 2 |" in text.read_text(encoding="utf-8")

@@ -132,7 +132,7 @@ def page(numbers: Numbers) -> Page:
 
     def off(key: str, source: int) -> str:
         values = getattr(numbers, key)[later]
-        return number(float(np.median(values[:, source] / values[:, 0])))
+        return number(float(np.nanmedian(values[:, source] / values[:, 0])))
 
     negative = [float(np.mean(numbers.grad_sq_norm[later, i] <= 0)) for i in (1, 2)]
     text = (
@@ -144,10 +144,10 @@ def page(numbers: Numbers) -> Page:
         f"{off('small_sq_norm', 1)} times the exact one and the big norm by appendix E "
         f"{off('big_sq_norm', 2)} times. From the approximate small and the exact big norm |G|² "
         f"becomes {off('grad_sq_norm', 1)} times what it is (below zero in {negative[0]:.0%} of "
-        f"the steps) and S {off('tr_sigma', 1)} times; from both approximations |G|² "
-        f"{off('grad_sq_norm', 2)} times (below zero in {negative[1]:.0%}) and S "
-        f"{off('tr_sigma', 2)} times, so that their errors partly cancel in b_simple, which is "
-        f"{off('b_simple', 2)} times the exact one where it exists.",
+        f"the steps) and S {off('tr_sigma', 1)} times, so that b_simple, where there is one, is "
+        f"{off('b_simple', 1)} times the exact one. From both approximations |G|² becomes "
+        f"{off('grad_sq_norm', 2)} times (below zero in {negative[1]:.0%}), S "
+        f"{off('tr_sigma', 2)} times and b_simple {off('b_simple', 2)} times.",
     )
     return Page("6", TITLE, text, _rows(numbers), partial(plot, numbers))
 
@@ -171,8 +171,8 @@ def plot(numbers: Numbers, path: Path) -> None:
         for axes, key, label in zip(panels, QUANTITIES, LABELS, strict=True):
             values = getattr(numbers, key)
             for k, colour in enumerate((EXACT, APPROXIMATE, THIRD)):
-                same = key == "big_sq_norm" and k == 1
-                style = {"ls": (0, (1, 1.5)) if same else "-", "lw": 1.8 if k == 0 else 1.3}
+                same = (key, k) in (("big_sq_norm", 1), ("small_sq_norm", 2))  # as the one before
+                style = {"ls": (0, (3, 3)) if same else "-", "lw": 1.3 if k else 2.2}
                 axes.plot(step, values[:, k], color=colour, label=SOURCES[k], **style)
             if (values[len(values) // 5 :] <= 0).any():
                 least = float(np.abs(np.median(values, axis=0)).min())

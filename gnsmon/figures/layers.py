@@ -263,6 +263,7 @@ def plot(numbers: Numbers, path: Path) -> None:
         norms.set(xlabel="squared norm of one example's gradient (mean)")
         noise.set(xlabel="noise scale (sequences)")
         plain_numbers(noise.xaxis, subs=(1, 2, 5))
+        plain_numbers(norms.xaxis, subs=(1,))
         norms.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
 
 

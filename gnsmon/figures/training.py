@@ -21,6 +21,8 @@ from gnsmon.figures.page import Page, Rows, number
 from gnsmon.sinks import Log, read_log
 
 METHODS = ("pepgns", "sogns")
+BLOCKS = "blocks"  # the group of the layers that SOGNS approximates; little of the whole norm
+POINTS = 50  # steps drawn over the loss
 PROBLEMS = {"text-adam": "measured, Adam", "text-sgd": "measured, SGD"}
 TITLE_A = "Noise scale of a character GPT in training: SOGNS beside exact norms"
 TITLE_B = "Noise scale against the loss of the same run"
@@ -71,7 +73,7 @@ def train(
         method=list(METHODS),
         every=1,
         decay=settings.decay,
-        groups="total",
+        groups=lambda name: BLOCKS if name.startswith("blocks.") else "other",
         run_dir=folder,
     ) as gns:
         for step, (x, y) in zip(range(1, settings.steps + 1), batches, strict=False):
@@ -113,6 +115,7 @@ class Course:
     low: Array  # [steps]
     high: Array  # [steps]
     parts: Array  # [steps] sum of the parts' squared norms in that step alone
+    in_blocks: Array  # [steps] that of the blocks' parameters
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,11 @@ class Numbers:
         """SOGNS over exact sum of squared norms, in each step alone."""
         return self.courses["sogns"].parts / self.courses["pepgns"].parts
 
+    @property
+    def blocks_ratio(self) -> Array:
+        """The same of the blocks' parameters alone."""
+        return self.courses["sogns"].in_blocks / self.courses["pepgns"].in_blocks
+
 
 def measure(trained: Trained, *, validation: Path | None = None) -> Numbers:
     """The run's readings, and the measured critical batches of `validation` if it exists."""
@@ -151,6 +159,7 @@ def measure(trained: Trained, *, validation: Path | None = None) -> Numbers:
         courses[method] = Course(
             *(np.array(own[name], dtype=float) for name in ("b_simple", "low", "high")),
             parts=log.column("raw", "parts_sq_norm", method=method),
+            in_blocks=log.column("groups", BLOCKS, "raw", "parts_sq_norm", method=method),
         )
     step = np.array(log.of("pepgns")["step"], dtype=float)
     loss = _average(np.array(log.losses["loss"]), trained.settings.decay)
@@ -195,16 +204,19 @@ def _number(value: Any) -> float:
 
 def page_a(numbers: Numbers) -> Page:
     """The figure over steps."""
-    ratio, s = numbers.parts_ratio, numbers.settings
+    s, share = numbers.settings, numbers.courses["pepgns"]
     known = {name: float(np.mean(np.isfinite(c.b_simple))) for name, c in numbers.courses.items()}
     text = (
         f"A character transformer ({s.layers} layers, width {s.width}, sequences of {s.context} "
         f"characters, no dropout) on the text of Python's manual, AdamW at {s.lr:g}, "
         f"{s.batch} sequences a step, every one of {s.steps} steps measured by both methods in "
         f"one pass; averages with decay {s.decay:g}. The band is the 95 % interval of exact norms.",
-        f"SOGNS' sum of per-example squared norms is {_between(ratio)} times the exact one "
-        f"(quartiles over the steps). That factor moves |G|² by itself less one, times "
-        "b_simple over the batch; a noise scale could be read from exact norms in "
+        f"SOGNS' sum of per-example squared norms is {_between(numbers.parts_ratio)} times the "
+        f"exact one (median and quartiles over the steps); of the blocks' parameters alone, "
+        f"{_between(numbers.blocks_ratio)} times, but those are "
+        f"{np.median(share.in_blocks / share.parts):.0%} of the sum in the median: the rest is "
+        "embeddings and norm layers, which SOGNS takes exactly but for the tied head. A noise "
+        "scale could be read from exact norms in "
         f"{known['pepgns']:.0%} of the steps, from SOGNS, uncalibrated as here, in "
         f"{known['sogns']:.0%}. (SOGNS' own interval does not know of its bias.)",
     )
@@ -223,7 +235,11 @@ def page_b(numbers: Numbers) -> Page:
             "The critical batch measured by training at many batch sizes is not drawn: there was "
             "no docs/validation.json when this was made."
         )
-    text = ("The run of figure 2a against its training loss, averaged alike.", crit)
+    text = (
+        f"The run of figure 2a against its training loss, averaged alike: {POINTS} steps evenly "
+        "through the run, bars the 95 % interval of exact norms.",
+        crit,
+    )
     return Page("2b", TITLE_B, text, _rows(numbers), partial(plot_b, numbers))
 
 
@@ -233,64 +249,83 @@ def _between(values: Array) -> str:
 
 
 def _rows(numbers: Numbers) -> Rows:
-    head = ("step", "loss", "exact", "95 % interval", "SOGNS", "SOGNS / exact small norms")
+    head = ("step", "loss", "exact", "95 % interval", "SOGNS", "small norms: SOGNS / exact")
+    head = (*head, "in the blocks")
     exact, sogns = (numbers.courses[name] for name in METHODS)
     rows = [head]
     for i in np.unique(np.linspace(0, len(numbers.step) - 1, 13).astype(int))[1:]:
         interval = f"{number(exact.low[i])} to {number(exact.high[i])}"
         shown = number(exact.b_simple[i]), interval, number(sogns.b_simple[i])
-        ratio = f"{numbers.parts_ratio[i]:.2f}"
-        rows.append((f"{numbers.step[i]:.0f}", f"{numbers.loss[i]:.3f}", *shown, ratio))
+        ratios = (f"{x[i]:.2f}" for x in (numbers.parts_ratio, numbers.blocks_ratio))
+        rows.append((f"{numbers.step[i]:.0f}", f"{numbers.loss[i]:.3f}", *shown, *ratios))
     return rows
 
 
 def plot_a(numbers: Numbers, path: Path) -> None:
     """Draw the noise scales above, the norms' ratio below."""
-    from gnsmon.figures.drawing import APPROXIMATE, FAINT, canvas, plain_numbers, truth_line
+    from gnsmon.figures.drawing import (
+        APPROXIMATE,
+        EXACT,
+        FAINT,
+        THIRD,
+        canvas,
+        plain_numbers,
+        truth_line,
+    )
 
     with canvas(path, TITLE_A, rows=2, size=(9.6, 6.0)) as (above, below):
         above.get_subplotspec().get_gridspec().set_height_ratios([2.2, 1])
-        _courses(above, numbers, numbers.step)
+        exact = numbers.courses["pepgns"]
+        above.fill_between(numbers.step, exact.low, exact.high, color=EXACT, alpha=0.16, lw=0)
+        _courses(above, numbers, numbers.step, "-")
         batch = numbers.settings.batch
         above.axhline(batch, color=FAINT, lw=1.2, ls=(0, (5, 3)), label=f"batch ({batch})")
         above.set_ylabel("noise scale (sequences)")
         above.legend(loc="upper left", ncols=4)
         above.sharex(below)
         above.tick_params(labelbottom=False)
-        below.plot(numbers.step, numbers.parts_ratio, color=APPROXIMATE, lw=0.9)
+        below.plot(numbers.step, numbers.parts_ratio, color=APPROXIMATE, lw=1, label="whole model")
+        below.plot(numbers.step, numbers.blocks_ratio, color=THIRD, lw=1, label="blocks alone")
         truth_line(below)
+        below.legend(loc="upper right", ncols=2)
         below.set(yscale="log", xlabel="optimizer step", ylabel="small norms:\nSOGNS / exact")
         plain_numbers(below.yaxis, subs=(0.5, 1, 1.5, 2, 3, 4, 6))
 
 
 def plot_b(numbers: Numbers, path: Path) -> None:
     """Draw the noise scales over the loss, which falls to the right."""
-    from gnsmon.figures.drawing import FOURTH, THIRD, canvas
+    from gnsmon.figures.drawing import EXACT, FOURTH, THIRD, canvas
 
     colours = dict(zip(PROBLEMS, (THIRD, FOURTH), strict=True))
     with canvas(path, TITLE_B, size=(8.4, 4.8)) as (axes,):
-        _courses(axes, numbers, numbers.loss)
+        shown = np.unique(np.linspace(0, len(numbers.loss) - 1, POINTS).astype(int))
+        exact = numbers.courses["pepgns"]
+        x, low, high = (values[shown] for values in (numbers.loss, exact.low, exact.high))
+        axes.vlines(x, low, high, color=EXACT, alpha=0.25, lw=2.5)
+        _courses(axes, numbers, numbers.loss, ".", shown)
         for name, label in PROBLEMS.items():
             own = [m for m in numbers.measured if m.problem == name]
             if own:
                 y = np.array([m.b_crit for m in own])
                 ends = np.array([[m.b_crit - m.low, m.high - m.b_crit] for m in own]).T
                 style: dict[str, Any] = {"fmt": "D", "ms": 6, "capsize": 3, "color": colours[name]}
-                shown = np.maximum(np.nan_to_num(ends), 0)
-                axes.errorbar([m.loss for m in own], y, shown, **style, label=f"b_crit {label}")
+                ends = np.maximum(np.nan_to_num(ends), 0)
+                axes.errorbar([m.loss for m in own], y, ends, **style, label=f"b_crit {label}")
         axes.invert_xaxis()
         axes.set(xlabel="training loss, averaged (nats a character)")
         axes.set_ylabel("noise scale (sequences)")
         axes.legend(loc="upper left")
 
 
-def _courses(axes: Any, numbers: Numbers, x: Array) -> None:
+def _courses(axes: Any, numbers: Numbers, x: Array, style: str, at: Any = slice(None)) -> None:
     from gnsmon.figures.drawing import APPROXIMATE, EXACT, plain_numbers
 
     exact, sogns = (numbers.courses[name] for name in METHODS)
-    axes.fill_between(x, exact.low, exact.high, color=EXACT, alpha=0.16, lw=0)
-    axes.plot(x, exact.b_simple, color=EXACT, lw=1.8, label="exact (pepgns)")
-    axes.plot(x, sogns.b_simple, color=APPROXIMATE, lw=1.2, label="SOGNS, as published")
+    for course, colour, label in (
+        (exact, EXACT, "exact (pepgns)"),
+        (sogns, APPROXIMATE, "SOGNS, as published"),
+    ):
+        axes.plot(x[at], course.b_simple[at], style, color=colour, lw=1.5, ms=8, label=label)
     axes.set_yscale("log")
     shown = np.concatenate([exact.b_simple, sogns.b_simple])
     shown = shown[np.isfinite(shown) & (shown > 0)]

@@ -152,6 +152,10 @@ def page(numbers: Numbers) -> Page:
         "not: with C = |sum dy|² / sum |dy|² (in expectation) and h the share of the activations' "
         "second moment that is common to all positions, the ratio is C / (h C + 1 - h)"
         + (", over the second moment itself." if numbers.unit_variance else ".")
+        + (
+            " Where that is one, sigma = 1 is as right or wrong as figure 5."
+            * numbers.unit_variance
+        )
         + " Independent zero-mean activations are the worst case, not the safe one: the "
         "derivation drops a Kronecker delta over positions, which is right only for one vector at "
         "all positions (h = 1). A mean of the activations, or their correlation over positions, "
@@ -196,14 +200,28 @@ def plot(numbers: Numbers, path: Path) -> None:
         cloud.plot(numbers.exact, numbers.approximate, ".", color=EXACT, alpha=0.6, ms=5)
         ends = [f(numbers.exact.tolist()) for f in (min, max)]
         cloud.plot(ends, ends, color=FAINT, lw=1, ls=(0, (4, 3)), label="equal")
-        cloud.set(xscale="log", yscale="log", title=f"examples of any scale, T = {POSITIONS}")
+        cloud.set(xscale="log", yscale="log", title=f"an example's scale varies, T = {POSITIONS}")
         cloud.set(xlabel="exact squared norm n²", ylabel="approximation eta²")
         cloud.legend(loc="upper left")
-        at = f"T = {POSITIONS}"
+        mean, shared = (
+            f"activations {how}, T = {POSITIONS}" for how in ("with a mean", "with a common part")
+        )
         for axes, points, key, label, about in (
-            (others[0], numbers.along_length, "positions", "positions T", "independent x"),
-            (others[1], numbers.along_shift, "shift", "mean of x / standard deviation", at),
-            (others[2], numbers.along_shared, "activations", "correlation of x", at),
+            (
+                others[0],
+                numbers.along_length,
+                "positions",
+                "positions T",
+                "independent activations",
+            ),
+            (others[1], numbers.along_shift, "shift", "mean of x / standard deviation", mean),
+            (
+                others[2],
+                numbers.along_shared,
+                "activations",
+                "correlation of x over positions",
+                shared,
+            ),
         ):
             for c, colour in colours.items():
                 own = [p for p in points if p.setting.gradients == c]
