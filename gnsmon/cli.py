@@ -193,12 +193,10 @@ def figures(
 
     console = Console()
     names = NAMES if only is None else tuple(name.strip() for name in only.split(","))
-    command = " ".join(
-        ["gnsmon figures"]
-        + ([] if only is None else [f"--only {','.join(names)}"])
-        + ([] if checkpoint is None else [f"--checkpoint {checkpoint.name}"])
-        + ([] if tokens is None else [f"--tokens {tokens.name}"])
-        + ["--quick"] * quick
+    options = (
+        (f" --checkpoint {checkpoint.name}" if checkpoint else "")
+        + (f" --tokens {tokens.name}" if tokens else "")
+        + " --quick" * quick
     )
     for path in make(
         names,
@@ -207,7 +205,7 @@ def figures(
         checkpoint=checkpoint,
         tokens=tokens,
         validation=validation,
-        command=command,
+        options=options,
         say=lambda line: console.print(line, style="dim", highlight=False),
     ):
         console.print(Text(str(path)), soft_wrap=True)

@@ -79,9 +79,9 @@ def gradients(b_simple: float, *, d_eff: int = 100, dimension: int | None = None
             "expected 0 < b_simple and 1 <= d_eff <= dimension (1 < d_eff where they differ), got "
             f"{b_simple=}, {d_eff=}, {dimension=}"
         )
-    if dimension == d_eff:
-        noise, directions = np.ones(1), np.array([float(d_eff)])
-    else:
+    noise: Array = np.ones(1)
+    directions: Array = np.array([float(d_eff)])
+    if dimension > d_eff:
         edges = np.unique(np.geomspace(1, dimension + 1, LEVELS + 1).round())
         directions = np.diff(edges)
         noise = _power_law(np.sqrt(edges[1:] * edges[:-1]), directions, d_eff)
@@ -305,12 +305,14 @@ def _page(outcome: Outcome) -> RenderableType:
     head = (
         f"Gaussian gradients, d_eff {of.d_eff:.4g} in {of.directions.sum():.0f} directions; "
         f"{seen.repeat:,} runs of {seen.steps:,} steps of {seen.b_big} examples, in parts of "
-        f"{seen.b_small}; b_simple is {of.b_simple / seen.b_big:.3g} batches\n"
+        f"{seen.b_small}; b_simple is {of.b_simple / seen.b_big:.3g} times the batch\n"
     )
+    read = sum(seen.statuses.get(status, 0.0) for status in ("ok", "wide"))
+    some = "" if read == 1 else f" (Its row is of the {read:.1%} of runs that read a number.)"
     foot = (
         f"\nb_simple is read from averages over {seen.n_eff:.4g} steps: {_share(seen.error)} "
         f"(one step's is that times their root). Its 95 % interval holds the truth in "
-        f"{seen.coverage:.1%} ± {seen.coverage_error:.1%} of the runs. Status: {statuses}."
+        f"{seen.coverage:.1%} ± {seen.coverage_error:.1%} of the runs. Status: {statuses}.{some}"
     )
     return Group(head, table, foot)
 

@@ -226,7 +226,7 @@ def test_the_command_writes_what_is_asked_for(tmp_path, capsys):
     names = {path.name for path in (tmp_path / "f").iterdir()}
     assert names == {f"figure_{n}.{end}" for n in "15" for end in ("png", "md")}
     page = (tmp_path / "f" / "figure_5.md").read_text()
-    assert page.endswith("Made by `gnsmon figures --only 1,5 --quick`.\n")
+    assert page.endswith("Made by `gnsmon figures --only 5 --quick`.\n")
     assert "figure_1.png" in capsys.readouterr().out.replace("\n", "")
 
 

@@ -151,6 +151,10 @@ def test_runs_without_a_number_are_counted():
     found = simulate(gradients(20_000), b_big=64, steps=30, repeat=50)
     assert found.statuses.get("lower_bound", 0) > 0.5
     assert sum(found.statuses.values()) == pytest.approx(1)
+    console = Console(width=200, no_color=True)
+    with console.capture() as captured:
+        console.print(found)
+    assert f"of the {found.statuses.get('wide', 0):.1%} of runs" in captured.get()
 
 
 def test_the_page_tells_the_steps_needed():
@@ -160,7 +164,7 @@ def test_the_page_tells_the_steps_needed():
     text = captured.get()
     row = next(line for line in text.splitlines() if line.startswith("|G|²"))
     assert row.split()[-1] == "240"
-    assert "b_simple is 10 batches" in " ".join(text.split())
+    assert "b_simple is 10 times the batch" in " ".join(text.split())
 
 
 def test_the_command_needs_no_torch():

@@ -153,7 +153,7 @@ def page(numbers: Numbers) -> Page:
 
 
 def _rows(numbers: Numbers) -> Rows:
-    rows = [("step", "source", *LABELS, "b_simple")]
+    rows: Rows = [("step", "source", *LABELS, "b_simple")]
     steps = len(numbers.tr_sigma)
     for i in np.unique(np.linspace(0, steps - 1, 7).astype(int))[1:]:
         for k, source in enumerate(SOURCES):

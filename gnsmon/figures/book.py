@@ -25,7 +25,7 @@ def make(
     checkpoint: Path | None = None,
     tokens: Path | None = None,
     validation: Path | None = Path("docs/validation.json"),
-    command: str = "gnsmon figures",
+    options: str = "",
     say: Say = lambda _: None,
 ) -> Iterator[Path]:
     """Measure, draw and write the figures one by one; the files, each when it is written.
@@ -37,7 +37,7 @@ def make(
         checkpoint: folder of a Hugging Face causal language model, for figure 3.
         tokens: .npy file of token indices [N, T] for that model.
         validation: file of measured critical batches, for figure 2b; may not exist.
-        command: that is written beside the figures.
+        options: of the command that is written beside each figure, after a space.
         say: told what is being done.
 
     Raises:
@@ -55,7 +55,7 @@ def make(
         for name in NAMES:
             if name in only:
                 say(f"figure {name}")
-                yield from book.page(name).write(out, command)
+                yield from book.page(name).write(out, f"gnsmon figures --only {name}{options}")
 
 
 def _need_matplotlib() -> None:

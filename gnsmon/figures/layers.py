@@ -226,7 +226,7 @@ def page(numbers: Numbers) -> Page:
 
 def _rows(numbers: Numbers) -> Rows:
     head = ("layer", "small norm, exact", "SOGNS", "ratio", "b_simple, exact", "95 %", "SOGNS")
-    rows = [head]
+    rows: Rows = [head]
     for layer in [*numbers.layers, numbers.total]:
         exact, sogns = layer.exact, layer.sogns
         small = number(exact.small_sq_norm), number(sogns.small_sq_norm), f"{layer.ratio:.2f}"

@@ -97,7 +97,9 @@ def _factor(points: list[Point], b_simple: float) -> float:
 
 
 def _rows(numbers: Numbers) -> Rows:
-    rows = [("b_simple", "b_small", "b_big", "error of b_simple", "simulated", "of |G|²", "of S")]
+    rows: Rows = [
+        ("b_simple", "b_small", "b_big", "error of b_simple", "simulated", "of |G|²", "of S")
+    ]
     for p in [*numbers.along_big, *numbers.along_small]:
         shown = p.theory.b_simple, p.simulated, p.theory.grad_sq_norm, p.theory.tr_sigma
         rows.append((f"{p.b_simple:g}", str(p.b_small), str(p.b_big), *map(percent, shown)))

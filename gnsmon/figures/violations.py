@@ -152,10 +152,7 @@ def page(numbers: Numbers) -> Page:
         "not: with C = |sum dy|² / sum |dy|² (in expectation) and h the share of the activations' "
         "second moment that is common to all positions, the ratio is C / (h C + 1 - h)"
         + (", over the second moment itself." if numbers.unit_variance else ".")
-        + (
-            " Where that is one, sigma = 1 is as right or wrong as figure 5."
-            * numbers.unit_variance
-        )
+        + " Where that is one, this is as right as figure 5." * numbers.unit_variance
         + " Independent zero-mean activations are the worst case, not the safe one: the "
         "derivation drops a Kronecker delta over positions, which is right only for one vector at "
         "all positions (h = 1). A mean of the activations, or their correlation over positions, "
@@ -203,8 +200,13 @@ def plot(numbers: Numbers, path: Path) -> None:
         cloud.set(xscale="log", yscale="log", title=f"an example's scale varies, T = {POSITIONS}")
         cloud.set(xlabel="exact squared norm n²", ylabel="approximation eta²")
         cloud.legend(loc="upper left")
-        mean, shared = (
-            f"activations {how}, T = {POSITIONS}" for how in ("with a mean", "with a common part")
+        plain, mean, shared = (
+            f"activations {how}"
+            for how in (
+                "independent, of mean 0",
+                f"with a mean, T = {POSITIONS}",
+                f"correlated over positions, T = {POSITIONS}",
+            )
         )
         for axes, points, key, label, about in (
             (
@@ -212,14 +214,14 @@ def plot(numbers: Numbers, path: Path) -> None:
                 numbers.along_length,
                 "positions",
                 "positions T",
-                "independent activations",
+                plain,
             ),
             (others[1], numbers.along_shift, "shift", "mean of x / standard deviation", mean),
             (
                 others[2],
                 numbers.along_shared,
                 "activations",
-                "correlation of x over positions",
+                "correlation of x",
                 shared,
             ),
         ):
