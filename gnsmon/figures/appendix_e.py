@@ -5,6 +5,7 @@ Appendix E of the paper makes |G_big|^2 from the same scaled output gradients as
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,7 +133,9 @@ def page(numbers: Numbers) -> Page:
 
     def off(key: str, source: int) -> str:
         values = getattr(numbers, key)[later]
-        return number(float(np.nanmedian(values[:, source] / values[:, 0])))
+        ratio = values[:, source] / values[:, 0]
+        known = ratio[~np.isnan(ratio)]
+        return number(float(np.median(known)) if len(known) else math.nan)
 
     negative = [float(np.mean(numbers.grad_sq_norm[later, i] <= 0)) for i in (1, 2)]
     text = (
