@@ -266,6 +266,70 @@ def check(
     raise typer.Exit(0 if result.passed else 1)
 
 
+@app.command()
+def simulate(
+    b_simple: Annotated[float, typer.Option(help="The true noise scale, in examples.")] = 100,
+    b_big: Annotated[int, typer.Option(help="Examples in a step.")] = 64,
+    b_small: Annotated[int, typer.Option(help="Examples in each of its parts.")] = 1,
+    d_eff: Annotated[int, typer.Option(help="Directions that the noise comes to.")] = 100,
+    dimension: Annotated[
+        int | None,
+        typer.Option(help="Directions in all, of unequal noise.", show_default="d_eff"),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Measured steps of a run.")] = 1000,
+    repeat: Annotated[int, typer.Option(help="Independent runs.")] = 500,
+    decay: Annotated[float, typer.Option(help="Of the averages, per measured step.")] = 0.99,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Say how well a noise scale would be known, from Gaussian gradients of known truth."""
+    from gnsmon.simulation import gradients
+    from gnsmon.simulation import simulate as run
+
+    of = gradients(b_simple, d_eff=d_eff, dimension=dimension)
+    sizes = {"b_big": b_big, "b_small": b_small, "steps": steps, "repeat": repeat}
+    Console().print(run(of, **sizes, decay=decay, seed=seed), highlight=False)
+
+
+@app.command()
+def figures(
+    only: Annotated[
+        str | None, typer.Option(help="Such as 1,2a; of 1, 2a, 2b, 3, 4, 5, 6.", show_default="all")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write into.")] = Path("docs/figures"),
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Folder of a Hugging Face language model, for figure 3.")
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="A .npy file of token indices [N, T] for that model.")
+    ] = None,
+    validation: Annotated[
+        Path, typer.Option(help="Measured critical batches, for figure 2b, if it exists.")
+    ] = Path("docs/validation.json"),
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller models, fewer steps.")] = False,
+) -> None:
+    """Draw the figures of the SOGNS paper anew, each with its numbers beside it."""
+    from gnsmon.figures import NAMES, make
+
+    console = Console()
+    names = NAMES if only is None else tuple(name.strip() for name in only.split(","))
+    options = (
+        (f" --checkpoint {checkpoint.name}" if checkpoint else "")
+        + (f" --tokens {tokens.name}" if tokens else "")
+        + " --quick" * quick
+    )
+    for path in make(
+        names,
+        out=out,
+        quick=quick,
+        checkpoint=checkpoint,
+        tokens=tokens,
+        validation=validation,
+        options=options,
+        say=lambda line: console.print(line, style="dim", highlight=False),
+    ):
+        console.print(Text(str(path)), soft_wrap=True)
+
+
 def _factory(name: str) -> Callable[[], Any]:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):

@@ -30,8 +30,10 @@ MAY_IMPORT = {
     "curvature": {"estimators", "part_gradients"},
     "halves": {"collectors", "estimators", "norms", "part_gradients"},
     "hf": {"monitor", "config", "sinks", "norms", "advice"},
+    "simulation": {"estimators"},
+    "figures": {"simulation", "estimators", "norms", "sinks", "plots", "demo"},
 }
-WITHOUT_TORCH = {"estimators", "advice", "config", "pace", "sinks", "plots", "report"}
+WITHOUT_TORCH = {"estimators", "advice", "config", "pace", "sinks", "plots", "report", "simulation"}
 
 
 def imports(path):

@@ -16,7 +16,7 @@ def status_of(*arguments):
     return stop.value.code
 
 
-@pytest.mark.parametrize("command", ["report", "advise", "demo", "check"])
+@pytest.mark.parametrize("command", ["report", "advise", "demo", "check", "simulate", "figures"])
 def test_help_starts_without_torch(command):
     code = (
         "import sys, gnsmon.cli\n"
