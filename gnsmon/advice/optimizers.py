@@ -43,15 +43,15 @@ FAMILIES = (
         ("muon", "shampoo", "soap", "spectral"),
         _unknown_rate,
         caveat="updates by the spectral norm depend on the directions of the gradient, of which "
-        "b_simple says nothing: look at the alignment of half batches instead, and take no "
-        "learning-rate factor from here",
+        "b_simple says nothing: look at the alignment of half batches instead "
+        "(gnsmon.alignment), and take no learning-rate factor from here",
     ),
     Family(
         "sign",
         ("lion", "signsgd", "signum"),
         _root_rate,
         caveat="updates by the sign forget the gradient's length, which b_simple compares: look at "
-        "the alignment of half batches beside it",
+        "the alignment of half batches beside it (gnsmon.alignment)",
     ),
     Family(
         "Adam",

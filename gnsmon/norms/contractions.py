@@ -151,8 +151,8 @@ def sogns_sq_norms(left: Tensor, right: Tensor, *, unit_variance: bool = False) 
 
     eta_b^2 = I sigma_b^2 |sum_t dy_bt|^2 with sigma_b^2 = sum_ti x_bti^2 / (T I), per group, for
     dy = left [B, G, T, K] and x = right [B, G, T, I] (Gray, Samar & Hestness 2023, section 3.1).
-    It takes the activations for independent zero-mean normals, is exact at T = 1, and is biased
-    by tens of percent on real networks: to be calibrated against the exact norm.
+    It takes the activations for independent zero-mean normals, is exact at T = 1 or one input at
+    all positions, and biased by tens of percent on real networks: to be calibrated.
 
     Args:
         left: gradients at the output.
