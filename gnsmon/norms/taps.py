@@ -34,6 +34,7 @@ from gnsmon.norms.layout import (
     flattened_from,
     leading,
 )
+from gnsmon.norms.metric import Factored
 from gnsmon.norms.replay import (
     Call,
     bypasses,
@@ -44,7 +45,7 @@ from gnsmon.norms.replay import (
 )
 from gnsmon.norms.rules import coupling, find_backward, find_rule, refusal
 from gnsmon.norms.sketch import SUBSPACE, Sketch
-from gnsmon.norms.ways import WAYS
+from gnsmon.norms.ways import WAYS, Help
 
 ABSENT = float("-inf")  # in place of a sum of squares: the rule gave no gradient
 
@@ -118,6 +119,11 @@ class LayerTap:
             name: taps.sketches[at]
             for name, at in zip(own, self.names, strict=True)
             if at in taps.sketches
+        }
+        self.metrics = {
+            name: taps.metrics[at]
+            for name, at in zip(own, self.names, strict=True)
+            if at in taps.metrics
         }
         self.ways: tuple[str, ...] = ()  # that the present step asks of this layer
         self.shared = False  # whether a parameter is used more than once
@@ -447,7 +453,8 @@ class LayerTap:
             for name in self.taps.ways:
                 way, asked = WAYS[name], name in self.ways
                 if asked and own in mine:
-                    pieces.append(way.sums(mine[own], self.sketches.get(own), known.get(own)))
+                    given = Help(self.sketches.get(own), self.metrics.get(own))
+                    pieces.append(way.sums(mine[own], given, known.get(own)))
                 else:
                     pieces.append(Fill(ABSENT if asked and not deferred else 0.0, way.width))
         for own in self.owned:
@@ -486,6 +493,7 @@ class Taps:
         subspace, probes: see `Sketch`.
         engine: "auto", "fused" or "hooks": see `MonitorConfig`.
         seed: of the probes' random stream.
+        metrics: of each parameter, for the way "factored".
     """
 
     def __init__(
@@ -500,8 +508,9 @@ class Taps:
         probes: int = 1,
         engine: str = "hooks",
         seed: int = 0,
+        metrics: Mapping[str, Factored] | None = None,
     ):
-        self.engine = engine
+        self.engine, self.metrics = engine, dict(metrics or {})
         self.model, self.ways, self.batch_dim = model, tuple(ways), batch_dim
         self._seed = seed
         self.slots = sum(WAYS[way].width for way in ways)
