@@ -218,8 +218,8 @@ class Preconditioner:
         if not (np.isfinite(big).all() and np.isfinite(parts).all()):
             return Skipped("nonfinite", "the gradient in the metric is infinite or undefined")
         if not big.any():
-            others = [why for why in reasons.values() if why != NO_MOMENT]
-            return Skipped("no metric", others[0]) if others else NOTHING_YET
+            whys = list(reasons.values())
+            return Skipped("no metric", whys[0]) if whys and NO_MOMENT not in whys else NOTHING_YET
         return replace(left, big_sq_norm=big, parts_sq_norm=parts, parts_variance=None)
 
 
