@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gnsmon.advice import Advice, advise
+    from gnsmon.advice import Advice, BatchSizeSchedule, Goal, Layout, StepTime, advise
     from gnsmon.checking import check
     from gnsmon.config import MonitorConfig
     from gnsmon.estimators import Reading
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gnsmon.norms.rules import rule
 
 _HOME = {
-    "advice": ("Advice", "advise"),
+    "advice": ("Advice", "BatchSizeSchedule", "Goal", "Layout", "StepTime", "advise"),
     "checking": ("check",),
     "config": ("MonitorConfig",),
     "estimators": ("Reading",),
@@ -33,13 +33,17 @@ _MODULE = {name: f"gnsmon.{module}" for module, names in _HOME.items() for name 
 
 __all__ = [
     "Advice",
+    "BatchSizeSchedule",
     "Coverage",
     "Dense",
+    "Goal",
+    "Layout",
     "Monitor",
     "MonitorConfig",
     "Outer",
     "Reading",
     "Rows",
+    "StepTime",
     "advise",
     "attach",
     "check",

@@ -19,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Run = Annotated[Path, typer.Argument(help="A run folder, or its gns.jsonl.", show_default=False)]
+SETUP, GOAL, WARM_UP = "Setup", "Goal", "Batch warm-up"  # panels of a help page
 PROBLEMS = {"digits": "gnsmon.demo.problems:digits", "text": "gnsmon.demo.problems:text"}
 
 
@@ -101,28 +102,146 @@ def advise(
         int | None, typer.Option(min=1, help="The present batch, if not the log's.")
     ] = None,
     microbatch: Annotated[
-        int | None, typer.Option(min=1, help="Examples per worker and backward.")
+        int | None,
+        typer.Option(min=1, help="Examples per worker and backward.", rich_help_panel=SETUP),
+    ] = None,
+    largest_microbatch: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Examples that fit into a worker's memory.", rich_help_panel=SETUP
+        ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Workers that average their gradients.")
+        int | None,
+        typer.Option(min=1, help="Workers that average their gradients.", rich_help_panel=SETUP),
     ] = None,
+    any_size: Annotated[
+        bool,
+        typer.Option(
+            "--any-size",
+            help="Not powers of two times the smallest batch alone.",
+            rich_help_panel=SETUP,
+        ),
+    ] = False,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            help="SGD, momentum, Adam, Lion, Muon, ..., if not the log's.", rich_help_panel=SETUP
+        ),
+    ] = None,
+    data_overhead: Annotated[
+        float | None,
+        typer.Option(
+            help="Examples above the fewest, 0.2 for 20 %, at most.", rich_help_panel=GOAL
+        ),
+    ] = None,
+    step_overhead: Annotated[
+        float | None, typer.Option(help="Steps above the fewest, at most.", rich_help_panel=GOAL)
+    ] = None,
+    step_price: Annotated[
+        float | None,
+        typer.Option(help="Of a step, whatever its batch: the cheapest run.", rich_help_panel=GOAL),
+    ] = None,
+    example_price: Annotated[
+        float | None, typer.Option(help="Of an example in it.", rich_help_panel=GOAL)
+    ] = None,
+    wall_clock: Annotated[
+        bool,
+        typer.Option(
+            "--wall-clock", help="The fastest run, by the log's step times.", rich_help_panel=GOAL
+        ),
+    ] = False,
+    times: Annotated[
+        list[Path],
+        typer.Option(
+            help="Further runs, of other batch sizes, for --wall-clock.", rich_help_panel=GOAL
+        ),
+    ] = [],  # noqa: B006
+    curve: Annotated[bool, typer.Option("--curve", help="Print steps against examples.")] = False,
+    schedule: Annotated[
+        Path | None,
+        typer.Option(help="Write the batch warm-up of this run, as JSON.", rich_help_panel=WARM_UP),
+    ] = None,
+    snippet: Annotated[
+        str | None,
+        typer.Option(help="Print its code: loop, lightning or hf.", rich_help_panel=WARM_UP),
+    ] = None,
+    start: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="The warm-up's first batch, if not the log's.", rich_help_panel=WARM_UP
+        ),
+    ] = None,
+    largest: Annotated[
+        int | None, typer.Option(min=1, help="Its largest batch.", rich_help_panel=WARM_UP)
+    ] = None,
+    factor: Annotated[
+        int, typer.Option(min=2, help="By which it grows.", rich_help_panel=WARM_UP)
+    ] = 2,
+    dwell: Annotated[
+        int, typer.Option(min=1, help="Steps at each size, at least.", rich_help_panel=WARM_UP)
+    ] = 100,
 ) -> None:
-    """Say what the last reading of a run means for its batch size."""
+    """Say what the last reading of a run means for its batch size, and plan its warm-up."""
+    import numpy as np
+    import orjson
+
+    from gnsmon.advice import BatchSizeSchedule, Goal, StepTime, export, planned
     from gnsmon.advice import advise as advise_on
+    from gnsmon.report import curve_table
     from gnsmon.sinks import read_log
 
-    log = read_log(run)
+    console, log = Console(), read_log(run)
     reading = log.latest()
     if reading is None:
         raise ValueError(f"{log.path} has no reading yet, so there is nothing to advise on")
+    if wall_clock and (step_price or example_price):
+        raise ValueError("--wall-clock takes its prices from the log: drop the others")
+    there = log.header.get("world_size") or 1
+    layout = {
+        "microbatch": microbatch or log.header.get("microbatch"),
+        "world_size": workers or there,
+    }
+    limits = {"data_overhead": data_overhead, "step_overhead": step_overhead}
+    if wall_clock:
+        timed = [of.step_times() for of in (log, *map(read_log, times))]
+        examples, seconds = map(np.concatenate, zip(*timed, strict=True))
+        line = StepTime.fit(examples, seconds, world_size=there).on(layout["world_size"])
+        goal = line.goal(**limits)
+        console.print(Text(f"{line}\n"))
+    else:
+        goal = Goal(**limits, step_price=step_price, example_price=example_price)
+    optimizer = optimizer or next(iter(log.header.get("optimizer") or []), None)
     words = advise_on(
         reading,
         present=batch_size,
-        microbatch=microbatch or log.header.get("microbatch"),
-        world_size=workers or log.header.get("world_size") or 1,
-        optimizer=next(iter(log.header.get("optimizer") or []), None),
+        goal=goal,
+        optimizer=optimizer,
+        largest_microbatch=largest_microbatch,
+        powers_of_two=not any_size,
+        **layout,
     )
-    Console().print(Text(str(words)))
+    console.print(Text(str(words)))
+    if curve:
+        console.print(Text(), curve_table(words))
+    if schedule is None and snippet is None:
+        return
+    start = start or int(log.of()["examples"][0])
+    warm_up = BatchSizeSchedule(
+        start,
+        largest=largest,
+        factor=factor,
+        dwell=dwell,
+        goal=goal,
+        optimizer=optimizer,
+        **layout,
+    )
+    stages = planned(log.known(), warm_up)
+    if schedule is not None:
+        schedule.write_bytes(orjson.dumps(export.to_json(stages), option=orjson.OPT_INDENT_2))
+        console.print(Text(f"\n{schedule}", style="dim"), soft_wrap=True)
+    if snippet is not None:
+        print(export.snippet(stages, snippet))  # as it is: rich would wrap it
 
 
 @app.command()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from gnsmon.advice import Advice, advise
+from gnsmon.advice import Advice, Goal, advise
 from gnsmon.collectors.groups import group_of
 from gnsmon.collectors.per_example import NOT_A_NORM
 from gnsmon.collectors.preconditioner import NO_MOMENT, NO_STATE
@@ -329,15 +329,27 @@ class Monitor:
         """
         return self._coverage(self._methods[method or self.config.method[0]])
 
-    def advice(self) -> Advice:
+    def advice(
+        self,
+        goal: Goal | None = None,
+        *,
+        largest_microbatch: int | None = None,
+        powers_of_two: bool = True,
+    ) -> Advice:
         """What to make of the last reading.
 
+        Args:
+            goal: limits and prices that make another batch than b_simple the best.
+            largest_microbatch: examples that fit into a worker's memory; see `Layout`.
+            powers_of_two: see `Layout`.
+
         Raises:
-            ValueError: before there is a reading.
+            ValueError: before there is a reading, and on sizes below 1.
         """
         if self.reading is None:
             raise ValueError("no step has been measured yet, so there is nothing to advise on")
-        return self._advise(self.reading)
+        layout = {"largest_microbatch": largest_microbatch, "powers_of_two": powers_of_two}
+        return self._advise(self.reading, goal=goal, **layout)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to go on, JSON-able."""
@@ -587,7 +599,7 @@ class Monitor:
             )
         return float(max(steps, 1) * each)
 
-    def _advise(self, reading: Reading) -> Advice:
+    def _advise(self, reading: Reading, **asked: Any) -> Advice:
         last = self._methods[reading.method].last
         assert last is not None
         return advise(
@@ -595,8 +607,9 @@ class Monitor:
             present=reading.examples,
             microbatch=last.microbatch,
             world_size=self._ranks.size,
-            optimizer=type(self._optimizers[0]).__name__ if self._optimizers else None,
+            optimizer=_named(self._optimizers[0]) if self._optimizers else None,
             tokens_per_example=reading.tokens / reading.examples if reading.tokens else None,
+            **asked,
         )
 
     def _coverage(self, method: Method) -> Coverage:
@@ -674,7 +687,7 @@ class Monitor:
         return {
             "model": type(self.model).__name__,
             "parameters": sum(p.numel() for p in parameters),
-            "optimizer": [type(o).__name__ for o in self._optimizers],
+            "optimizer": [_named(o) for o in self._optimizers],
             "methods": list(self._methods),
             "every": self.config.every,
             "overhead": self.config.overhead if self.config.every == "auto" else None,
@@ -695,6 +708,12 @@ class Monitor:
                 "python": platform.python_version(),
             },
         }
+
+
+def _named(optimizer: Optimizer) -> str:
+    """The optimizer's class, and its momentum, with which SGD is another."""
+    momentum, name = optimizer.defaults.get("momentum"), type(optimizer).__name__
+    return f"{name} with momentum {momentum:g}" if momentum else name
 
 
 def _on_host(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from gnsmon.advice import Advice
 from gnsmon.estimators.values import Reading
 from gnsmon.sinks.jsonl import Log, read_log
 from gnsmon.sinks.wording import approximation, interval, noise_scale, number, verdict
@@ -109,6 +110,22 @@ def write_report(run: str | Path | Log) -> Path:
     page = folder / "report.md"
     page.write_text(markdown(report, picture) + missing, encoding="utf-8")
     return page
+
+
+def curve_table(advice: Advice) -> Table:
+    """Steps against examples over batch sizes, as multiples of the fewest."""
+    table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left")
+    points = advice.curve()
+    priced = any(point.cost is not None for point in points)
+    for name in ("batch", "steps", "examples", *["cost"] * priced, ""):
+        table.add_column(name, justify="left" if not name else "right")
+    cheapest = min((point.cost for point in points if point.cost is not None), default=None)
+    for point in points:
+        marks = {advice.present: "present", advice.batch_size: "suggested"}
+        cost = [f"{point.cost / cheapest:.3g}"] if point.cost and cheapest else []
+        row = (f"{point.batch_size:,}", f"{point.steps:.3g}", f"{point.examples:.3g}", *cost)
+        table.add_row(*row, marks.get(point.batch_size, ""))
+    return table
 
 
 def _run(log: Log) -> Section:

@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from gnsmon.advice import advise, suggested_batch_size
+from gnsmon.advice import Goal, Layout, advise
+from gnsmon.advice.advice import suggested
 from gnsmon.estimators import Raw, Reading
 from gnsmon.estimators.values import Approximation
 
@@ -64,12 +65,32 @@ def test_extra_steps_and_examples_are_reciprocal():
 
 @pytest.mark.parametrize(
     ("optimizer", "factor"),
-    [("AdamW", 2.0), ("Lion", 2.0), ("SGD", 2.5), ("Muon", None), (None, None)],
+    [
+        ("AdamW", 2.0),
+        ("Lion", 2.0),
+        ("SGD", 2.5),
+        ("SGD with momentum 0.9", 2.5),
+        ("Muon", None),
+        (None, None),
+    ],
 )
 def test_learning_rate(optimizer, factor):
     a = advise(reading(), optimizer=optimizer)
     assert a.learning_rate_factor == factor
-    assert any("beta2 to the power 4" in c for c in a.caveats) == (factor == 2.0)
+    assert any("beta2 to the power 4" in c for c in a.caveats) == (optimizer == "AdamW")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "words"),
+    [
+        ("AdamW", "preconditioned"),
+        ("Lion", "alignment of half batches"),
+        ("Muon", "alignment of half batches"),
+        ("SGD with momentum 0.9", "same momentum"),
+    ],
+)
+def test_each_family_has_its_caveat(optimizer, words):
+    assert any(words in caveat for caveat in advise(reading(), optimizer=optimizer).caveats)
 
 
 @pytest.mark.parametrize("present", [142, 200, 256, 320, 452])
@@ -89,9 +110,9 @@ def test_and_moves_if_it_does(present, batch):
     ("unit", "batch"), [(1, 256), (48, 192), (24, 192), (100, 200), (3, 192), (250, 250)]
 )
 def test_the_suggestion_fits_the_layout(unit, batch):
-    size = suggested_batch_size(reading(), present=8, unit=unit)
-    assert size == batch
-    assert math.log2(size / unit).is_integer()
+    found = suggested(reading(), present=8, layout=Layout(microbatch=unit))
+    assert found.batch_size == batch == unit * found.accumulation
+    assert math.log2(found.accumulation).is_integer()
 
 
 def test_a_batch_too_small_for_the_layout():
@@ -121,7 +142,7 @@ def test_undefined_says_why():
     assert a.batch_size is None
     assert a.learning_rate_factor is None
     assert "No suggestion: 3 effective steps so far." in text(a)
-    assert suggested_batch_size(reading(**UNDEFINED), present=4) is None
+    assert suggested(reading(**UNDEFINED), present=4) is None
 
 
 def test_an_upper_bound_of_an_undefined_reading_is_no_suggestion():
@@ -157,7 +178,7 @@ def test_tokens():
         ({"status": "wide", "reason": "known to 31% only"}, "known to 31% only"),
         ({"b_simple": 1280.0, "high": 2000.0}, "about 21 %"),
         ({"method": "sogns", "approximation": UNCALIBRATED}, "about 5 %"),
-        ({}, "order of magnitude"),
+        ({}, "multiple of the identity"),
     ],
 )
 def test_caveats(changes, words):
@@ -174,3 +195,100 @@ def test_a_sound_reading_carries_the_one_assumption():
 def test_sizes_below_one_are_refused(size):
     with pytest.raises(ValueError, match="sizes of 1 or more"):
         advise(reading(), **size)
+
+
+# What a batch is to be good for: b = 256.
+
+
+@pytest.mark.parametrize(
+    ("goal", "batch"),
+    [
+        ({}, 256),
+        ({"data_overhead": 0.25}, 64),  # B = x b
+        ({"data_overhead": 4.0}, 1024),
+        ({"step_overhead": 0.25}, 1024),  # B = b / x
+        ({"step_overhead": 0.5, "data_overhead": 2.0}, 512),  # the two meet
+        ({"step_overhead": 2.0, "data_overhead": 2.0}, 256),  # between 128 and 512
+        ({"step_price": 4.0, "example_price": 1.0}, 32),  # sqrt(256 * 4)
+        ({"step_price": 4.0, "example_price": 1.0, "step_overhead": 2.0}, 128),
+        ({"step_price": 4096.0, "example_price": 1.0, "data_overhead": 2.0}, 512),
+    ],
+)
+def test_goals_by_hand(goal, batch):
+    assert Goal(**goal).batch_size(256.0) == pytest.approx(batch)
+    a = advise(reading(low=255.0, high=257.0), present=8, goal=Goal(**goal))
+    assert a.batch_size == batch
+
+
+def test_prices_make_the_cheapest_run():
+    goal, b = Goal(step_price=7.0, example_price=0.3), 123.0
+    best = goal.batch_size(b)
+    costs = [goal.cost(best * k, b) for k in (0.5, 0.9, 1.0, 1.1, 2.0)]
+    assert min(costs) == costs[2]
+    # S_min (1 + b / B) steps of price p_s and as many times B examples of price p_e, by hand:
+    assert goal.cost(123.0, b) == pytest.approx(2 * (7.0 + 0.3 * 123))
+
+
+def test_a_limit_on_both_that_no_batch_meets():
+    with pytest.raises(ValueError, match="multiply to 100 %"):
+        Goal(data_overhead=0.2, step_overhead=0.5)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"data_overhead": 0}, {"step_price": 1.0}, {"step_overhead": math.nan}]
+)
+def test_impossible_goals(wrong):
+    with pytest.raises(ValueError, match="expected"):
+        Goal(**wrong)
+
+
+def test_what_the_suggestion_saves_and_costs():
+    goal = Goal(step_price=256.0, example_price=1.0)  # best at b
+    a = advise(reading(), present=64, goal=goal)
+    assert a.batch_size == 256
+    assert a.steps == pytest.approx(2 / 5)
+    assert a.examples == pytest.approx(2 / 1.25)
+    assert a.cost == pytest.approx((2 * 512) / (5 * 320))
+    assert "0.4 times as many steps and 1.6 times as many examples" in text(a)
+    assert "at 0.64 times the cost" in text(a)
+
+
+def test_the_curve_has_the_present_and_the_suggested_batch():
+    a = advise(reading(), present=48)
+    points = {point.batch_size: point for point in a.curve()}
+    assert {48, a.batch_size} <= points.keys()
+    assert points[256].steps == points[256].examples == 2
+    for point in points.values():
+        assert (point.steps - 1) * (point.examples - 1) == pytest.approx(1)
+    assert advise(reading(**UNDEFINED)).curve() == []
+
+
+# Hardware.
+
+
+@pytest.mark.parametrize(
+    ("layout", "target", "split"),
+    [
+        (Layout(), 256, (256, None, None)),
+        (Layout(4, 8), 256, (256, 8, 8)),
+        (Layout(4, 8), 3, (32, 8, 1)),
+        (Layout(4, 8, largest_microbatch=32), 256, (256, 32, 2)),
+        (Layout(4, largest_microbatch=24), 256, (256, 16, 4)),
+        (Layout(4, largest_microbatch=24, powers_of_two=False), 250, (252, 21, 3)),
+        (Layout(3, 5, powers_of_two=False), 100, (105, 5, 7)),
+        (Layout(6, largest_microbatch=64), 256, (192, 32, 1)),
+    ],
+)
+def test_layouts_by_hand(layout, target, split):
+    assert layout.nearest(target) == split
+
+
+def test_a_split_is_of_the_batch_that_it_names():
+    for workers in (1, 3, 8):
+        for largest in (1, 7, 32):
+            for powers in (True, False):
+                layout = Layout(workers, largest_microbatch=largest, powers_of_two=powers)
+                for target in (1, 10, 100, 777, 5000):
+                    batch, microbatch, accumulation = layout.nearest(target)
+                    assert batch == workers * microbatch * accumulation
+                    assert 1 <= microbatch <= largest

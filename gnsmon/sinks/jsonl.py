@@ -12,13 +12,13 @@ from numbers import Integral, Real
 from operator import itemgetter
 from pathlib import Path
 from sys import intern
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from gnsmon.estimators.values import SCHEMA, Array, Reading
+from gnsmon.estimators.values import SCHEMA, Array, Reading, Status
 from gnsmon.sinks.files import open_log
 
 Record = dict[str, Any]
@@ -26,7 +26,7 @@ CHUNK = 10_000  # rows of a table that wait for their place in it
 LONG = 1 << 20  # bytes of the file read at once
 READING = np.dtype(
     [("step", int), ("examples", int), ("method", object), ("status", object)]
-    + [(name, float) for name in ("b_simple", "low", "high", "grad_sq_norm", "tr_sigma")]
+    + [(name, float) for name in ("b_simple", "low", "high", "grad_sq_norm", "tr_sigma", "wall")]
 )
 LINE = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
 LOSS = np.dtype([("step", int), ("loss", float)])
@@ -86,6 +86,16 @@ class Jsonl:
         self._file.buffer.flush()
 
 
+class Known(NamedTuple):
+    """A reading, less what a schedule does not ask for; None where it does not say."""
+
+    step: int
+    examples: int
+    status: Status
+    b_simple: float | None
+    low: float | None
+
+
 @dataclass(frozen=True)
 class Log:
     """A run's log in the order written: the readings' and the losses' numbers as tables.
@@ -132,6 +142,24 @@ class Log:
         method = self._named(method)
         found = (_at(r, keys) for r in self._whole() if r["method"] == method)
         return np.array(list(found), dtype=float)
+
+    def known(self, method: str | None = None) -> Iterator[Known]:
+        """What the readings of `method` say of the noise scale, as a schedule takes it."""
+        rows = self.of(method)
+        columns = (rows[name].tolist() for name in Known._fields)
+        for step, examples, status, *numbers in zip(*columns, strict=True):
+            yield Known(step, examples, status, *(None if x != x else x for x in numbers))
+
+    def step_times(self) -> tuple[Array, Array]:
+        """Examples and seconds of a step, between any two readings at one batch size.
+
+        With what else was done in between, such as validation: of many the median counts.
+        """
+        rows = self.of()
+        steps, wall, examples = (rows[name] for name in ("step", "wall", "examples"))
+        alike = (np.diff(examples) == 0) & (np.diff(steps) > 0)
+        seconds = np.diff(wall)[alike] / np.diff(steps)[alike]
+        return examples[1:][alike].astype(float), seconds
 
     def latest(self, method: str | None = None) -> Reading | None:
         """The last reading of `method`, None before the first."""

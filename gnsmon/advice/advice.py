@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from gnsmon.advice.goal import Goal, examples_factor, steps_factor
+from gnsmon.advice.layout import Layout, Split
+from gnsmon.advice.optimizers import ANISOTROPIC, family_of
 from gnsmon.estimators.values import Reading, Status
 
-ADAM_LIKE = ("adam", "lamb", "lion", "rmsprop", "adafactor", "adagrad")
 PROXIES = {
     "sogns": "its per-example norms were 1.4 to 2.9 times the exact ones on a small GPT",
     "norm_layers": "norm layers follow the total up to a factor that differs from run to run",
 }
+
+
+class Point(NamedTuple):
+    """What a batch costs to a given loss."""
+
+    batch_size: int
+    steps: float  # over S_min, the fewest
+    examples: float  # over E_min, the fewest
+    cost: float | None  # in the goal's prices, over S_min
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,9 @@ class Advice:
     extra_steps: float | None  # of the present batch, above S_min, as a fraction of S_min
     extra_examples: float | None  # of the present batch, above E_min, as a fraction of E_min
     accumulation: int | None  # microbatches per step and worker
+    steps: float | None  # of the suggested batch over those of the present one
+    examples: float | None  # likewise
+    cost: float | None  # likewise, at the goal's prices; None without
     learning_rate_factor: float | None  # from the present to the suggested batch
     caveats: tuple[str, ...]
     reason: str | None = None
@@ -34,6 +50,26 @@ class Advice:
     microbatch: int | None = None
     world_size: int = 1
     tokens_per_example: float | None = None
+    goal: Goal = Goal()
+
+    def curve(self, batch_sizes: Sequence[int] | None = None) -> list[Point]:
+        """Steps and examples against the batch, the present and the suggested one among them.
+
+        Args:
+            batch_sizes: of the points; unless given, powers of two times the smallest batch from a
+                sixteenth of b_simple to sixteen times it. Empty where b_simple is not known.
+        """
+        b = self.b_simple
+        if not b:
+            return []
+        if batch_sizes is None:
+            ends = math.log2(max(b / 16, 1)), math.log2(max(b * 16, 1))
+            batch_sizes = [2**k for k in range(math.floor(ends[0]), math.ceil(ends[1]) + 1)]
+        sizes = {*batch_sizes, self.present, self.batch_size or self.present}
+        return [
+            Point(n, steps_factor(n, b), examples_factor(n, b), self.goal.cost(n, b))
+            for n in sorted(sizes)
+        ]
 
     def __str__(self) -> str:
         """Short paragraphs for a terminal."""
@@ -56,15 +92,28 @@ class Advice:
             return f"Keep the batch at {present}. {noise}"
         verb = "Grow" if self.batch_size > self.present else "Shrink"
         least = "at least " if self.b_simple is None else ""
-        return f"{verb} the batch from {present} to {least}{self._size(self.batch_size)}. {noise}"
+        aim = "" if self.goal == Goal() else f" For {self.goal}."
+        size = self._size(self.batch_size)
+        return f"{verb} the batch from {present} to {least}{size}.{aim} {noise}"
 
     def _cost(self) -> str:
         if self.extra_steps is None or self.extra_examples is None:
             return ""
+        of = self.fraction_of_critical
+        share = "" if of is None else f", {_number(of)} of the noise scale"
         return (
-            f"At {_number(self.present)}, training takes {1 + self.extra_steps:.3g} times the "
-            f"fewest possible steps (those of a huge batch) and {1 + self.extra_examples:.3g} "
-            "times the fewest possible examples (those of a tiny batch)."
+            f"At {_number(self.present)}{share}, training takes {1 + self.extra_steps:.3g} times "
+            f"the fewest possible steps (those of a huge batch) and {1 + self.extra_examples:.3g} "
+            "times the fewest possible examples (those of a tiny batch)." + self._change()
+        )
+
+    def _change(self) -> str:
+        if self.batch_size in (None, self.present) or self.steps is None or self.examples is None:
+            return ""
+        cost = "" if self.cost is None else f", at {self.cost:.3g} times the cost"
+        return (
+            f" At {_number(self.batch_size)} it takes {self.steps:.3g} times as many steps and "
+            f"{self.examples:.3g} times as many examples as at {_number(self.present)}{cost}."
         )
 
     def _setting(self) -> str:
@@ -91,8 +140,11 @@ def advise(
     reading: Reading,
     *,
     present: int | None = None,
+    goal: Goal | None = None,
     microbatch: int | None = None,
+    largest_microbatch: int | None = None,
     world_size: int = 1,
+    powers_of_two: bool = True,
     optimizer: str | None = None,
     tokens_per_example: float | None = None,
 ) -> Advice:
@@ -104,82 +156,87 @@ def advise(
     Args:
         reading: any reading; its b_simple, low and high are in examples.
         present: the batch in examples, unless it is that of the reading.
-        microbatch: examples per worker and backward; without it any power of two will do.
+        goal: limits and prices that make another batch than b_simple the best.
+        microbatch: see `Layout`, as the next three.
+        largest_microbatch: that fits into a worker's memory.
         world_size: workers that average their gradients.
-        optimizer: name of its class; without it no learning-rate factor.
+        powers_of_two: times the smallest batch, or any multiple.
+        optimizer: name of its class; without it no learning-rate factor. "momentum" for SGD's.
         tokens_per_example: unless it is that of the reading; sizes are then told in tokens too.
 
     Raises:
         ValueError: if a size is below 1.
     """
     batch = reading.examples if present is None else present
-    if min(batch, world_size, 1 if microbatch is None else microbatch) < 1:
-        raise ValueError(f"expected sizes of 1 or more, got {batch=}, {microbatch=}, {world_size=}")
+    if batch < 1:
+        raise ValueError(f"expected sizes of 1 or more, got {batch=}")
+    layout = Layout(world_size, microbatch, largest_microbatch, powers_of_two)
+    goal = goal or Goal()
     if tokens_per_example is None and reading.tokens is not None:
         tokens_per_example = reading.tokens / reading.examples
-    unit = world_size * (microbatch or 1)
-    low, high = reading.low, reading.high
     b = reading.b_simple if reading.status in ("ok", "wide") else None
-    size = suggested_batch_size(reading, present=batch, unit=unit)
-    known = microbatch is not None and size is not None and size % unit == 0
+    found = suggested(reading, present=batch, goal=goal, layout=layout)
+    size = None if found is None else found.batch_size
+    family = family_of(optimizer)
     return Advice(
         status=reading.status,
         batch_size=size,
-        low=low,
-        high=high,
+        low=reading.low,
+        high=reading.high,
         present=batch,
         fraction_of_critical=batch / b if b else None,
         extra_steps=None if b is None else b / batch,
         extra_examples=batch / b if b else None,
-        accumulation=size // unit if known and size is not None else None,
-        learning_rate_factor=None if size is None else _rate_factor(batch, size, b, optimizer),
-        caveats=tuple(_caveats(reading, batch, size, unit, optimizer)),
+        accumulation=found.accumulation if found else None,
+        steps=steps_factor(size, b) / steps_factor(batch, b) if b and size else None,
+        examples=examples_factor(size, b) / examples_factor(batch, b) if b and size else None,
+        cost=_cost_factor(goal, batch, size, b),
+        learning_rate_factor=family.rate(batch, size, b) if size and family else None,
+        caveats=tuple(_caveats(reading, batch, size, layout, optimizer)),
         reason=reading.reason,
         b_simple=b,
-        microbatch=microbatch,
+        microbatch=found.microbatch if found else microbatch,
         world_size=world_size,
         tokens_per_example=tokens_per_example,
+        goal=goal,
     )
 
 
-def suggested_batch_size(reading: Reading, *, present: int, unit: int = 1) -> int | None:
+def suggested(
+    reading: Reading, *, present: int, goal: Goal | None = None, layout: Layout | None = None
+) -> Split | None:
     """The batch to use: `present` unless the interval excludes it by more than sqrt 2.
 
-    Otherwise the power of two times `unit` that is nearest to b_simple in ratio. With a lower
-    bound alone the batch is worth growing if the bound is that far above it, to the bound: at B up
-    to b_simple the examples at most double. None where the reading does not say.
+    Otherwise the one of the layout that is nearest to the goal's best. With a lower bound alone the
+    batch is worth growing if the goal's best for the bound is that far above it, to that one: at B
+    up to b_simple the examples at most double. None where the reading does not say.
     """
     low, high = reading.low, reading.high
     if reading.status == "undefined" or low is None:
         return None
-    if present < low / math.sqrt(2):
-        target = low if reading.b_simple is None else reading.b_simple
-        return max(_snap(target, unit), present)
-    if high is not None and present > high * math.sqrt(2):
-        return min(_snap(reading.b_simple or 0.0, unit), present)
-    return None if reading.b_simple is None else present
+    goal, layout = goal or Goal(), layout or Layout()
+    least = goal.batch_size(low)
+    best = least if reading.b_simple is None else goal.batch_size(reading.b_simple)
+    if present < least / math.sqrt(2):
+        found = layout.nearest(best)
+        return found if found.batch_size > present else layout.split(present)
+    if high is not None and present > goal.batch_size(high) * math.sqrt(2):
+        found = layout.nearest(best)
+        return found if found.batch_size < present else layout.split(present)
+    return None if reading.b_simple is None else layout.split(present)
 
 
-def _snap(target: float, unit: int) -> int:
-    return unit * 2 ** max(round(math.log2(target / unit)), 0) if target > unit else unit
-
-
-def _rate_factor(before: int, after: int, b: float | None, optimizer: str | None) -> float | None:
-    """Factor on the learning rate: McCandlish et al. 2018, 2.9, for SGD; sqrt for Adam-like."""
-    if _is_adam_like(optimizer):
-        return math.sqrt(after / before)
-    if optimizer is not None and "sgd" in optimizer.lower() and b is not None:
-        return (1 + b / before) / (1 + b / after)
-    return None
-
-
-def _is_adam_like(optimizer: str | None) -> bool:
-    return optimizer is not None and any(name in optimizer.lower() for name in ADAM_LIKE)
+def _cost_factor(goal: Goal, before: int, after: int | None, b: float | None) -> float | None:
+    if after is None or b is None:
+        return None
+    now, then = goal.cost(before, b), goal.cost(after, b)
+    return then / now if now and then else None
 
 
 def _caveats(
-    reading: Reading, present: int, size: int | None, unit: int, optimizer: str | None
+    reading: Reading, present: int, size: int | None, layout: Layout, optimizer: str | None
 ) -> list[str]:
+    family, unit = family_of(optimizer), layout.unit
     caveats = []
     proxy, known = reading.proxy, reading.approximation
     if proxy:
@@ -201,17 +258,18 @@ def _caveats(
         caveats.append(
             f"measured on {reading.coverage:.0%} of the trainable parameters; the others may differ"
         )
+    if size is not None and size % unit:
+        caveats.append(f"{size} is no multiple of the smallest batch of this layout, {unit}")
     if size is not None and size == unit and size > math.sqrt(2) * (reading.high or math.inf):
         caveats.append(f"{unit} is the smallest batch of this layout: shrink the microbatch")
-    if size is not None and size != present and _is_adam_like(optimizer):
+    if size is not None and size != present and family is not None and family.has_beta2:
         caveats.append(
             f"keep Adam's half-lives in tokens: raise beta2 to the power {size / present:.3g}"
         )
     if reading.status != "undefined":
-        caveats.append(
-            "b_simple takes the Hessian as a multiple of the identity and a learning rate near "
-            "its best; under Adam-like optimizers it can be off by an order of magnitude or more"
-        )
+        caveats.append(ANISOTROPIC)
+        if family is not None and family.caveat:
+            caveats.append(family.caveat)
     return caveats
 
 
