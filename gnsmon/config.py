@@ -20,6 +20,7 @@ TAPPED = ("pepgns", "sketch", "sogns", "norm_layers")
 OTHERS = ("microbatch", "subbatch", "random_signs")
 FILLED = ("pepgns", "sketch", "sogns")  # of which another source may fill the gaps
 CALIBRATED = ("sogns", "norm_layers")
+WEIGHED = ("pepgns", "microbatch", "subbatch", "ranks")  # which may be preconditioned
 METHODS = (*TAPPED, *OTHERS, "ranks")
 HALF_LIFE = re.compile(
     r"\s*(\d+(?:[,_]\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?)\s*([kMG]?)\s*(steps|examples|tokens)\s*"
@@ -45,6 +46,14 @@ class MonitorConfig(BaseModel):
     """
     calibrate_every: int | None = Field(None, ge=1)
     """For sogns and norm_layers: one measured step in this many is measured exactly too."""
+    preconditioned: bool = False
+    """Beside each method that can, a second reading in the metric of the optimizer.
+
+    The noise scale tr(P Σ) / (G' P G), P = 1 / (sqrt(v) + eps) of Adam and its like as it was
+    before the step, logged as "microbatch_preconditioned", and so of "subbatch" and "ranks", and
+    "pepgns_preconditioned_factored", for which P is taken for a product of rows and columns, as
+    Adafactor's. Other methods, and those with a plus, have none.
+    """
     subspace: int = Field(8, ge=1)
     """For sketch: directions in which the norms are exact."""
     probes: int = Field(1, ge=1)
@@ -151,7 +160,17 @@ class MonitorConfig(BaseModel):
             raise ValueError(
                 f"calibrate_every is for {' and '.join(CALIBRATED)}, and method is {self.method}"
             )
+        if self.preconditioned and not self.weighed:
+            raise ValueError(
+                f"preconditioned is for {', '.join(WEIGHED)}, and method is {self.method}; add one "
+                "of them to the list"
+            )
         return self
+
+    @property
+    def weighed(self) -> list[str]:
+        """The methods that have a preconditioned reading too."""
+        return [m for m in self.method if self.preconditioned and m in WEIGHED]
 
 
 def parse_half_life(text: str) -> tuple[float, str]:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from gnsmon.collectors import microbatch, per_example, random_signs
 from gnsmon.collectors.combine import combined
+from gnsmon.collectors.preconditioner import Preconditioner, named
 from gnsmon.collectors.reduction import Ranks
 from gnsmon.collectors.step import Skipped, StepNorms
 from gnsmon.estimators.calibration import PartsCalibration, RatioCalibration, corrected
@@ -35,13 +37,39 @@ UNLIKE = (
 )
 
 
+def readings(config: MonitorConfig) -> list[str]:
+    """The methods, one reading each: those asked for, and beside them preconditioned ones."""
+    return [
+        name
+        for method in config.method
+        for name in (method, named(method))[: 1 + (method in config.weighed)]
+    ]
+
+
+def metric(
+    model: nn.Module, config: MonitorConfig, optimizers: Sequence[Optimizer]
+) -> Preconditioner | None:
+    """The optimizers', if the settings ask for it; raises ValueError where they have none."""
+    if not config.preconditioned:
+        return None
+    by_example = [method in per_example.METHODS for method in config.weighed]
+    return Preconditioner(model, optimizers, diagonal=not all(by_example), factored=any(by_example))
+
+
 def sources(
     model: nn.Module,
     config: MonitorConfig,
     weights: Callable[..., Tensor] | None,
     ranks: Ranks,
+    metric: Preconditioner | None = None,
 ) -> list[tuple[Any, list[str]]]:
     """Collectors, each with its methods: one for all that share the taps, one for each other."""
+
+    def weighed(*methods: str) -> tuple[Preconditioner | None, list[str]]:
+        """The metric, if one of them is taken in it too, and all names."""
+        extra = [named(method) for method in methods if method in config.weighed]
+        return metric if extra else None, [*methods, *extra]
+
     options: dict[str, Any] = {
         "batch_dim": config.batch_dim,
         "weigh": weights,
@@ -49,15 +77,16 @@ def sources(
     }
     wanted = list(dict.fromkeys(part for name in config.method for part in name.split("+")))
     tapped = [name for name in wanted if name in per_example.METHODS]
-    found: dict[str, tuple[Any, list[str]]] = {
-        name: (microbatch.Microbatch(model, name, ranks=ranks, **options), [name])
-        for name in wanted
-        if name in microbatch.METHODS
-    }
+    found: dict[str, tuple[Any, list[str]]] = {}
     for name in wanted:
+        if name in microbatch.METHODS:
+            own, names = weighed(name)
+            parts = microbatch.Microbatch(model, name, ranks=ranks, metric=own, **options)
+            found[name] = (parts, names)
         if name in random_signs.METHODS:
             found[name] = (random_signs.RandomSigns(model, strict=config.strict), [name])
     if tapped:
+        own, names = weighed(*tapped)
         collector = per_example.PerExample(
             model,
             tapped,
@@ -67,9 +96,10 @@ def sources(
             engine=config.engine,
             each=config.norm_bound is not None,
             ranks=ranks,
+            metric=own,
             **options,
         )
-        found[tapped[0]] = (collector, tapped)
+        found[tapped[0]] = (collector, names)
     return [found[name] for name in wanted if name in found]
 
 

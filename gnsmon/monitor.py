@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch.optim import Optimizer
 from gnsmon.advice import Advice, Goal, advise
 from gnsmon.collectors.groups import group_of
 from gnsmon.collectors.per_example import EXACT, NOT_A_NORM
+from gnsmon.collectors.preconditioner import NO_MOMENT, NO_STATE
 from gnsmon.collectors.random_signs import RandomSigns
 from gnsmon.collectors.reduction import Ranks, others, over_ranks
 from gnsmon.collectors.shards import refusal
@@ -44,7 +46,7 @@ from gnsmon.estimators import Estimator, Groups, NormPair, Reading, obstacle
 from gnsmon.estimators.health import Health
 from gnsmon.estimators.values import SCHEMA, Array
 from gnsmon.health import HealthWatch
-from gnsmon.methods import PATIENCE, Method, Outcome, sources
+from gnsmon.methods import PATIENCE, Method, Outcome, metric, readings, sources
 from gnsmon.pace import Fixed, Paced
 from gnsmon.sinks import SinkSet, open_sink
 
@@ -188,8 +190,9 @@ class Monitor:
                     f"optimizer: expected a torch.optim.Optimizer or several, got {o!r}; without "
                     "one call commit() after each step"
                 )
+        self._metric = metric(model, config, self._optimizers)
         self._sources: list[tuple[Collector, list[str]]] = sources(
-            model, config, weights, self._ranks
+            model, config, weights, self._ranks, self._metric
         )
         if self._ranks.size > 1:
             layouts = [collector.columns for collector, _ in self._sources]
@@ -210,7 +213,7 @@ class Monitor:
         patience = PATIENCE if self._ranks.size == 1 else math.inf
         self._methods = {
             name: Method(name, names, self._by_group, level=config.level, patience=patience)
-            for name in config.method
+            for name in readings(config)
         }
         memory, self._unit = {"decay": config.decay, "window": config.window}, "steps"
         if config.half_life is not None:
@@ -225,7 +228,7 @@ class Monitor:
                 unit=self._unit,
                 level=config.level,
             )
-            for method in config.method
+            for method in self._methods
         }
         self.step = 0  # optimizer steps since the run began
         self.skipped: Counter[str] = Counter()  # reason -> measurements dropped
@@ -448,6 +451,8 @@ class Monitor:
             hook.remove()
         for collector, _ in self._sources:
             collector.remove()
+        if self._metric is not None:
+            self._metric.freeze(False)
         if self.step > self._first_step or self._losses:  # an earlier log may be in its place
             self._start()
         if self.reading is not None:
@@ -547,7 +552,10 @@ class Monitor:
         norms = collector.norms(share)
         if isinstance(norms, Skipped):
             return norms
-        return {method: of.unscaled(self._scale) for method, of in norms.items()}
+        return {
+            method: of if isinstance(of, Skipped) else of.unscaled(self._scale)
+            for method, of in norms.items()
+        }
 
     @property
     def _scale(self) -> float:
@@ -568,6 +576,8 @@ class Monitor:
         used = {n for m in self._methods.values() if not m.off for n in (m.first, m.rest)}
         due, rare = self._clock.due(self.step), self.config.calibrate_every
         exact = due and rare is not None and self._clock.ordinal(self.step) % rare == 0
+        if self._metric is not None:
+            self._metric.fault = self._guarded(partial(self._metric.freeze, due))
         for collector, names in self._sources:
             collector.arm(due and not used.isdisjoint(names), exact=exact)
 
@@ -697,12 +707,13 @@ class Monitor:
                     f"{OVERFLOWS} measurements in a row were not possible: {skipped.detail}, or "
                     "their squares overflow float32"
                 )
-        elif self.skipped[skipped.reason] == 1:
+        # Before its first step an optimizer never has a state; twice is worth a word.
+        elif self.skipped[skipped.reason] == 1 + (skipped.reason == NO_STATE):
             self.warn(f"step {self.step} is not measured: {skipped.detail}")
 
     def _tell_missing(self, method: Method, missing: Mapping[str, str]) -> None:
         """Warn of parameters that are left out, once of each."""
-        known = (UNUSED, NOT_A_NORM)
+        known = (UNUSED, NOT_A_NORM, NO_MOMENT)
         new = {n: why for n, why in missing.items() if n not in self._told and why not in known}
         self._told |= new.keys()
         if new and self._ranks.rank == 0:
@@ -735,7 +746,7 @@ class Monitor:
             "model": type(self.model).__name__,
             "parameters": sum(p.numel() for p in parameters),
             "optimizer": [_named(o) for o in self._optimizers],
-            "methods": list(self.config.method),
+            "methods": list(self._methods),
             "every": self.config.every,
             "overhead": self.config.overhead if self.config.every == "auto" else None,
             "calibrate_every": self.config.calibrate_every,

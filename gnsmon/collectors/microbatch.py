@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gnsmon.collectors.backward import Backwards, Fingerprint, exactly, fingerprint
+from gnsmon.collectors.preconditioner import Preconditioner, named
 from gnsmon.collectors.proof import Directions, gaps
 from gnsmon.collectors.reduction import ALONE, UNREDUCED, Ranks
 from gnsmon.collectors.shards import held, is_managed, is_sharded
@@ -94,7 +95,8 @@ class _Part:
 
     forward: _Forward
     names: list[str]
-    values: Tensor  # [names, 2]: |u|², and u along the parameter's direction
+    # [names, 2]: |u|², and u along the parameter's direction; with a metric a third, |u|² in it
+    values: Tensor
     torn: set[str]  # parameters whose u came in pieces, so that |u|² is not known
 
 
@@ -125,6 +127,7 @@ class Microbatch:
         weigh: gives the weights [B] of the examples from the arguments of the model's forward.
         strict: raise what goes wrong instead of leaving the measurement out.
         ranks: whose microbatches are the parts.
+        metric: in which norms are taken too, by the name `named(method)`.
     """
 
     def __init__(
@@ -136,11 +139,12 @@ class Microbatch:
         weigh: Callable[..., Tensor] | None = None,
         strict: bool = False,
         ranks: Ranks = ALONE,
+        metric: Preconditioner | None = None,
     ):
-        self.model, self.method, self._ranks = model, method, ranks
+        self.model, self.method, self._ranks, self._metric = model, method, ranks, metric
         self.wanted = self._managed = False
         self.names = [name for name, _ in model.named_parameters()]
-        self.columns = Columns(self.names)
+        self.columns = Columns(self.names, 1 if metric is None else 2, metric=metric is not None)
         self.untapped: dict[str, str] = {}
         self._directions = Directions(self.names)
         self._by_hand: Tensor | None = None
@@ -306,7 +310,12 @@ class Microbatch:
         self._seen[name] = before, values
 
     def _values(self, name: str, gradient: Tensor, **rows: Any) -> Tensor:
-        return torch.stack([square_sum(gradient), self._directions.along(name, gradient, **rows)])
+        values = [square_sum(gradient), self._directions.along(name, gradient, **rows)]
+        if self._metric is not None:
+            own = self._metric.diagonal.get(name)
+            weighed = square_sum(own.scaled(gradient)) if own else torch.zeros_like(values[0])
+            values.append(weighed)
+        return torch.stack(values)
 
     def _land(self) -> None:
         """Take in the microbatch whose backward has ended, and `.grad` as accumulated so far."""
@@ -379,21 +388,24 @@ class Microbatch:
         if given:
             weights = np.array([total for total, _ in sums.values()])
             tokens = int(weights.sum()) if all(i for _, i in sums.values()) else tokens
-        sq_norms, along = np.zeros((2, len(forwards), len(self.names)))
+        tables = []
         for j, part in enumerate(self._parts):
-            sq_norms[j], along[j] = self._table(
-                dict(zip(part.names, values[j].reshape(-1, 2), strict=True))
-            )
+            each = values[j].reshape(len(part.names), -1)
+            tables.append(self._table(dict(zip(part.names, each, strict=True))))
+        sq_norms, along, *in_metric = np.stack(tables, axis=1)  # [microbatches, n_parameters]
         seen = {name for part in self._parts for name in part.names}
-        whole = sum(float(square) for square, _ in big.values())
+        whole = sum(float(square) for square, *_ in big.values())
         if not (np.isfinite(whole) and np.isfinite(sq_norms).all()):
             return Skipped("nonfinite", "the gradient has infinite or undefined values")
-        big_sq_norm, big_along = self._table(big)
+        big_sq_norm, big_along, *big_in_metric = self._table(big)
         total = float(weights.sum())
-        parts_sq_norm, sum_sq_weights = METHODS[self.method](sq_norms, weights / total)
+        each = [
+            METHODS[self.method](squares, weights / total) for squares in (sq_norms, *in_metric)
+        ]
+        parts_sq_norm, sum_sq_weights = np.stack([parts for parts, _ in each]), each[0][1]
         size = self._ranks.size  # the mean over so many is taken
         return Share(
-            parts_sq_norm=parts_sq_norm[None] / size**2,
+            parts_sq_norm=parts_sq_norm / size**2,
             along=along.sum(0) / size,
             big_sq_norm=big_sq_norm,
             big_along=big_along,
@@ -409,11 +421,18 @@ class Microbatch:
             microbatch=batches[-1],
             microbatches=len(batches),
             missing={name: TORN for part in self._parts for name in part.torn},
+            in_metric=np.stack([*big_in_metric, self._known()]) if self._metric else None,
         )
 
+    def _known(self) -> Array:
+        """Of which parameters the metric is known, [n_parameters]."""
+        assert self._metric is not None
+        return np.array([name in self._metric.known for name in self.names], dtype=float)
+
     def _table(self, values: Mapping[str, Array]) -> Array:
-        """The pairs of all parameters known at attach, [2, n_parameters]; zero without one."""
-        return np.array([values.get(name, (0.0, 0.0)) for name in self.names]).T
+        """The values of all parameters known at attach, [2 or 3, n_parameters], or zero."""
+        none = np.zeros(2 if self._metric is None else 3)
+        return np.array([values.get(name, none) for name in self.names]).T
 
     def norms(self, share: Share) -> Measured | Skipped:
         """The step's norms, from the share of this process or of all ranks."""
@@ -422,7 +441,13 @@ class Microbatch:
         if not left_in.any():
             why = next(iter(missing.values()), "no parameter is trainable")
             return Skipped("nothing measured", why)
-        return {self.method: share.norms(left_in, missing)}
+        norms = share.norms(left_in, missing)
+        if self._metric is None:
+            return {self.method: norms}
+        weighed = self._metric.norms(
+            norms, share, share.parts_sq_norm[1], self.names, ranks=self._ranks.size
+        )
+        return {self.method: norms, named(self.method): weighed}
 
     def _missing(self, share: Share) -> dict[str, str]:
         """Why trainable parameters are not in this step's norms."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import add
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from gnsmon.collectors.backward import Backwards, exactly
 from gnsmon.collectors.gathered import Gathered
 from gnsmon.collectors.groups import is_norm
+from gnsmon.collectors.preconditioner import Preconditioner, named
 from gnsmon.collectors.proof import gaps
 from gnsmon.collectors.reduction import ALONE, UNREDUCED, Ranks
 from gnsmon.collectors.shards import held, is_sharded
@@ -39,12 +41,17 @@ from gnsmon.norms.contractions import wide
 from gnsmon.norms.forms import Form
 from gnsmon.norms.sketch import SUBSPACE
 from gnsmon.norms.taps import ABSENT, LayerTap, Taps
-from gnsmon.norms.ways import WAYS
+from gnsmon.norms.ways import WAYS, Help
 
 # method -> the way in which it takes norms; that of `norm_layers` is asked of these alone
 METHODS = {"pepgns": "exact", "sogns": "sogns", "sketch": "sketch", "norm_layers": "exact"}
 NOT_A_NORM = "it belongs to no normalisation layer, and method 'norm_layers' measures these alone"
 EXACT = "exact"  # in place of a method: what an approximate one is calibrated by
+FACTORED = named("pepgns")
+NOT_CROSSED = (
+    "it is used more than once in a compiled model, whose uses are not joined in the optimizer's "
+    "metric"
+)
 NOT_JOINED = (
     "it is used more than once, and its uses in a compiled model cannot be joined: they are in "
     "different graphs, inside an activation checkpoint, or of a rule of your own"
@@ -78,7 +85,8 @@ class PerExample:
     function call, a penalty on the weights, gradients that were clamped or never cleared.
 
     Args: see `Taps`; `methods` are any of `METHODS`; with `calibrated`, `arm` may ask for exact
-    norms beside them; with `each`, a share has the norms of the single examples.
+    norms beside them; with `each`, a share has the norms of the single examples; with `metric`,
+    `norms` gives those of "pepgns" in it too, as `FACTORED`.
     """
 
     def __init__(
@@ -95,10 +103,12 @@ class PerExample:
         engine: str = "hooks",
         each: bool = False,
         ranks: Ranks = ALONE,
+        metric: Preconditioner | None = None,
     ):
         self.model, self.methods, self.strict = model, tuple(methods), strict
-        self._ranks = ranks
+        self._ranks, self._metric = ranks, metric
         ways = {METHODS[method] for method in methods} | ({"exact"} if calibrated else set())
+        ways |= {"factored"} if metric else set()
         self.taps = Taps(
             model,
             [way for way in WAYS if way in ways],
@@ -110,6 +120,7 @@ class PerExample:
             engine=engine,
             wants_each=each,
             seed=ranks.rank,  # lest the sketches of all ranks err alike
+            metrics=metric.factored if metric else None,
         )
         if "norm_layers" in methods and not self._in_norms():
             self.taps.remove()
@@ -119,6 +130,7 @@ class PerExample:
             )
         self._known: dict[str, nn.Parameter] | None = None
         self._exact = False  # whether the present step is measured exactly too
+        self._uncrossed: set[str] = set()  # parameters whose parts have no norm in the metric
         self.taps.ready(self._fired)
         self.names = [name for name, _ in model.named_parameters()]
         self.gaps: dict[str, float] = {}  # parameter -> relative error at the last measurement
@@ -130,7 +142,9 @@ class PerExample:
         self._proved = list(rows)  # parameters, in the order of the proof
         column = {name: i for i, name in enumerate(self.names)}
         of_rows = np.repeat([column[name] for name in rows], list(rows.values()))
-        self.columns = Columns(self.names, self.taps.slots, of_rows.astype(np.intp))
+        self.columns = Columns(
+            self.names, self.taps.slots, of_rows.astype(np.intp), metric is not None
+        )
         self._sizes = rows
         ones = {name: d for name, d in self.taps.directions.items() if len(d.signs) == 1}
         self._signs = {name: float(d.signs[0]) for name, d in ones.items()}
@@ -147,6 +161,7 @@ class PerExample:
         self._exact = exact
         everywhere = {METHODS[m] for m in self.methods if m != "norm_layers"}
         everywhere |= {"exact"} if exact else set()
+        everywhere |= {"factored"} if self._metric else set()
         norms = everywhere | {METHODS[m] for m in self.methods}
         # In the order of the probe, for a compiled graph must find them alike.
         chosen = {
@@ -206,6 +221,7 @@ class PerExample:
         self._gathered = Gathered()
         self._shared: dict[str, Tensor] = {}  # as a probe, of one shared parameter
         self._big: dict[str, Tensor] = {}
+        self._in_metric: dict[str, Tensor] = {}  # big norms
         self._along: dict[str, Tensor] = {}
         # Gradients with one axis, in one tensor, with their names and lengths.
         self._vectors: dict[tuple[tuple[str, int], ...], Tensor] = {}
@@ -246,6 +262,7 @@ class PerExample:
         taps.each.clear()
         taps.fired.clear()
         self._big, self._along, self._vectors, self._present = {}, {}, {}, {}
+        self._in_metric = {}
         vectors: dict[torch.device, dict[str, Tensor]] = {}
         self._known = None  # FSDP has others before a backward than after it
         for name, p in self._trainable().items():
@@ -254,6 +271,8 @@ class PerExample:
             self._present[name] = 0
             if own := held(p.grad, self._ranks):
                 grad, start = own
+                if self._metric and name in self._metric.known:
+                    self._in_metric[name] = square_sum(self._metric.factored[name].scaled(grad))
                 direction = taps.directions.get(name)
                 if direction is None or direction.rows is not None or grad.ndim != 1:
                     self._big[name] = square_sum(grad)
@@ -299,8 +318,9 @@ class PerExample:
             form = reduce(add, (use[name] for use in uses if name in use))
             asked = {way for tap in self._taps_of[name] for way in tap.ways}
             direction = self.taps.directions[name]
+            given = Help(self.taps.sketches.get(name), self.taps.metrics.get(name))
             pieces = [
-                WAYS[way].sums(form, self.taps.sketches.get(name))
+                WAYS[way].sums(form, given, None)
                 if way in asked
                 else direction.signs.new_zeros(WAYS[way].width)
                 for way in self.taps.ways
@@ -324,11 +344,12 @@ class PerExample:
         if not self._passes:
             return self._nothing_fired()
         self._settle()
-        layers, eager, shared, big, along, vectors, each, weights, *compiled = to_host(
+        layers, eager, shared, big, in_metric, along, vectors, each, weights, *compiled = to_host(
             self._layers,
             self._gathered.flat,
             self._shared,
             self._big,
+            self._in_metric,
             self._along,
             self._vectors,
             self._each(),
@@ -392,6 +413,7 @@ class PerExample:
             microbatches=len(batches),
             missing=missing,
             each_sq_norms=self._own_norms(each, weights) if taps.wants_each else None,
+            in_metric=self._table(in_metric) if self._metric else None,
         )
 
     def _each(self) -> dict[int, Tensor]:
@@ -428,6 +450,13 @@ class PerExample:
         w = weights["each"]
         return norms[w > 0] * np.square(w.sum() / w[w > 0])
 
+    def _table(self, in_metric: Mapping[str, Array]) -> Array:
+        """`Share.in_metric`."""
+        assert self._metric is not None
+        known = self._metric.known - self._uncrossed
+        of_each = ((in_metric.get(n, np.zeros(1))[0], n in known) for n in self.names)
+        return np.array(list(of_each), dtype=float).T
+
     def _proof(self, values: Mapping[str, tuple[int, Array]]) -> Array:
         """The rows of all parameters' proofs; of each there are some, from a first one on."""
         rows = {name: np.zeros(size) for name, size in self._sizes.items()}
@@ -450,11 +479,20 @@ class PerExample:
         ends = np.cumsum([WAYS[way].width for way in self.taps.ways])
         by_way = dict(zip(self.taps.ways, np.split(slots, ends[:-1]), strict=True))
         asked = {EXACT: "exact"} if self._exact else {}
-        found = {}
+        found: dict[str, Any] = {}
         for method, way in (asked | {m: METHODS[m] for m in self.methods}).items():
             sums, *variance = by_way[way]
             found[method] = replace(
                 every, parts_sq_norm=sums, parts_variance=variance[0] if variance else None
+            )
+        if self._metric:
+            found[FACTORED] = self._metric.norms(
+                every,
+                share,
+                by_way["factored"][0],
+                self.names,
+                ranks=self._ranks.size,
+                missing=dict.fromkeys(self._uncrossed, NOT_CROSSED),
             )
         if "norm_layers" in found:
             found["norm_layers"] = found["norm_layers"].without(
@@ -504,12 +542,14 @@ class PerExample:
     def _apart(self, compiled: Sequence[Mapping[LayerTap, Array]]) -> dict[str, str]:
         """Parameters with compiled uses of which two were not linked: no proof would show it."""
         apart: dict[str, str] = {}
+        self._uncrossed = set()
         for p, tails in zip(self._passes, compiled, strict=True):
             uses, linked = Counter(), Counter()
             for tap, (calls, *links) in tails.items():
                 for name, received in zip(tap.names, links, strict=True):
                     uses[name] += int(calls)
                     linked[name] += int(received)
+            self._uncrossed |= {name for name, k in uses.items() if k > 1}
             for name, k in uses.items():
                 if linked[name] != k * (k - 1) // 2 or (k and name in p.joined):
                     again = p.forwards == 1 and k > self.taps.uses[name]

@@ -89,9 +89,10 @@ def length(columns: Columns) -> int:
 
 
 def _shapes(columns: Columns) -> list[tuple[int, ...]]:
-    """Of the failures, the numbers, the squared norms, the table by parameter and the proof."""
+    """Of the failures, the numbers, the squared norms, the table, the proof and the metric."""
     n = len(columns.names)
-    return [(2 * (1 + LETTERS),), (9,), (columns.slots, n), (5, n), (2, len(columns.of_rows))]
+    norms = (columns.slots, n), (5, n), (2, len(columns.of_rows)), (2 * columns.metric, n)
+    return [(2 * (1 + LETTERS),), (9,), *norms]
 
 
 def _message(
@@ -128,7 +129,7 @@ def others(said: object, ranks: Ranks, device: torch.device) -> list[int]:
 
 
 def _packed(local: Share, names: Sequence[str], ranks: Ranks) -> list[Array]:
-    """What adds up over ranks: numbers [9], squared norms [slots, n], a table [5, n], the proof."""
+    """What adds up over ranks: numbers, squared norms, a table, the proof, what is in a metric."""
     every = [
         local.examples,
         local.tokens or 0,
@@ -145,13 +146,15 @@ def _packed(local: Share, names: Sequence[str], ranks: Ranks) -> list[Array]:
         local.parts_sq_norm,
         np.stack([local.big_sq_norm, local.present, local.seen, local.half, missing]),
         np.stack([local.along, local.big_along]),
+        np.zeros((0, len(names))) if local.in_metric is None else local.in_metric,
     ]
 
 
 def _unpacked(
     sums: Sequence[Array], local: Share, names: Sequence[str], ranks: Ranks
 ) -> Share | Skipped:
-    numbers, parts_sq_norm, (big_sq_norm, present, seen, half, missing), (along, big_along) = sums
+    numbers, parts_sq_norm, table, (along, big_along), in_metric = sums
+    big_sq_norm, present, seen, half, missing = table
     examples, tokens, counted, sum_weights, sum_sq_weights, weighted, whole, *micro = numbers
     if weighted not in (0, ranks.size):
         return Skipped("weights", "weights were given on some ranks only; give them on all or none")
@@ -176,6 +179,7 @@ def _unpacked(
             for name, flag in zip(names, missing, strict=True)
             if flag
         },
+        in_metric=in_metric if len(in_metric) else None,
     )
 
 

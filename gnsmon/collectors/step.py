@@ -67,6 +67,7 @@ class Columns:
     names: list[str]  # of the parameters
     slots: int = 1  # numbers of each parameter in `Share.parts_sq_norm`
     rows: Array | None = None  # position of the parameter of each number in the proof; of each one
+    metric: bool = False  # whether there is `Share.in_metric`
 
     @property
     def of_rows(self) -> Array:
@@ -101,6 +102,9 @@ class Share:
     missing: dict[str, str]
     # [examples] of each one's own gradient, or why they are not known; None where not asked for
     each_sq_norms: Array | Skipped | None = None
+    # [2, n_parameters]: squared norm of `.grad` in the optimizer's metric, and whether that is
+    # known here.
+    in_metric: Array | None = None
 
     def norms(self, measured: Array, missing: dict[str, str]) -> StepNorms:
         """Those of the parameters `measured` [n_parameters], by the first slot."""
@@ -126,7 +130,7 @@ class Skipped:
     detail: str  # one sentence for a person
 
 
-Measured = dict[str, StepNorms]  # method -> its norms
+Measured = dict[str, StepNorms | Skipped]  # method -> its norms
 
 # Reasons to skip a step whose gradients another optimizer's step may have closed already.
 NO_TAP, NO_BACKWARD, NO_LOSSES = "no tap fired", "no backward", "no losses"

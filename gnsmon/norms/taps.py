@@ -34,6 +34,7 @@ from gnsmon.norms.layout import (
     flattened_from,
     leading,
 )
+from gnsmon.norms.metric import Factored
 from gnsmon.norms.replay import (
     Call,
     bypasses,
@@ -44,7 +45,7 @@ from gnsmon.norms.replay import (
 )
 from gnsmon.norms.rules import coupling, find_backward, find_rule, refusal
 from gnsmon.norms.sketch import SUBSPACE, Sketch
-from gnsmon.norms.ways import WAYS
+from gnsmon.norms.ways import WAYS, Help
 
 ABSENT = float("-inf")  # in place of a sum of squares: the rule gave no gradient
 
@@ -126,6 +127,11 @@ class LayerTap:
             name: taps.sketches[at]
             for name, at in zip(own, self.names, strict=True)
             if at in taps.sketches
+        }
+        self.metrics = {
+            name: taps.metrics[at]
+            for name, at in zip(own, self.names, strict=True)
+            if at in taps.metrics
         }
         self.ways: tuple[str, ...] = ()  # that the present step asks of this layer
         self.shared = False  # whether a parameter is used more than once
@@ -458,8 +464,9 @@ class LayerTap:
             for name in self.taps.ways:
                 way, asked = WAYS[name], name in self.ways
                 if asked and own in mine:
+                    given = Help(self.sketches.get(own), self.metrics.get(own))
                     norms = each if name == "exact" else known
-                    pieces.append(way.sums(mine[own], self.sketches.get(own), norms.get(own)))
+                    pieces.append(way.sums(mine[own], given, norms.get(own)))
                 else:
                     pieces.append(Fill(ABSENT if asked and not deferred else 0.0, way.width))
         for own in self.owned:
@@ -507,6 +514,7 @@ class Taps:
         engine: "auto", "fused" or "hooks": see `MonitorConfig`.
         seed: of the probes' random stream.
         wants_each: keep the exact norms of each example too, of an eager model.
+        metrics: of each parameter, for the way "factored".
     """
 
     def __init__(
@@ -522,8 +530,9 @@ class Taps:
         engine: str = "hooks",
         seed: int = 0,
         wants_each: bool = False,
+        metrics: Mapping[str, Factored] | None = None,
     ):
-        self.engine, self.wants_each = engine, wants_each
+        self.engine, self.wants_each, self.metrics = engine, wants_each, dict(metrics or {})
         self.model, self.ways, self.batch_dim = model, tuple(ways), batch_dim
         self._seed = seed
         self.slots = sum(WAYS[way].width for way in ways)

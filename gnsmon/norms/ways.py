@@ -1,4 +1,4 @@
-"""The ways to take squared norms of per-example gradients: exact, SOGNS, sketch."""
+"""The ways to take squared norms of per-example gradients: exact, in a metric, SOGNS, sketch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gnsmon.norms.forms import Form
+from gnsmon.norms.metric import Factored
 from gnsmon.norms.sketch import Sketch
 
 
@@ -16,30 +17,43 @@ class Way(NamedTuple):
     """How a form's squared norms are taken, summed over the examples."""
 
     width: int
-    # (form, its sketch, its exact norms [B] if they are known) -> [width]: the sum and, of two,
+    # (form, what helps, its exact norms [B] if they are known) -> [width]: the sum and, of two,
     # its variance
-    sums: Callable[[Form, Sketch | None, Tensor | None], Tensor]
-    crossed: bool  # whether two uses of a parameter bring cross terms
+    sums: Callable[[Form, Help, Tensor | None], Tensor]
+    crossed: bool  # whether the links of a compiled graph bring its cross terms
 
 
-def _exact(form: Form, sketch: Sketch | None, known: Tensor | None = None) -> Tensor:
+class Help(NamedTuple):
+    """What a way may have for one parameter."""
+
+    sketch: Sketch | None
+    metric: Factored | None
+
+
+def _exact(form: Form, given: Help, known: Tensor | None = None) -> Tensor:
     return (form.sq_norms() if known is None else known).sum().reshape(1)
 
 
-def _sogns(form: Form, sketch: Sketch | None, known: Tensor | None = None) -> Tensor:
+def _factored(form: Form, given: Help, known: Tensor | None = None) -> Tensor:
+    assert given.metric is not None
+    return given.metric.form(form).sq_norms().sum().reshape(1)
+
+
+def _sogns(form: Form, given: Help, known: Tensor | None = None) -> Tensor:
     return form.sogns_sq_norms().sum().reshape(1)
 
 
-def _sketch(form: Form, sketch: Sketch | None, known: Tensor | None = None) -> Tensor:
-    if sketch is None or known is not None:  # a parameter too small for one
-        exact = _exact(form, None, known)
+def _sketch(form: Form, given: Help, known: Tensor | None = None) -> Tensor:
+    if given.sketch is None or known is not None:  # a parameter too small for one
+        exact = _exact(form, given, known)
         return torch.cat([exact, torch.zeros_like(exact)])
-    estimates, variance = sketch.sq_norms(form)
+    estimates, variance = given.sketch.sq_norms(form)
     return torch.stack([estimates.sum().to(variance.dtype), variance])
 
 
 WAYS = {
     "exact": Way(1, _exact, crossed=True),
+    "factored": Way(1, _factored, crossed=False),
     "sogns": Way(1, _sogns, crossed=False),
     "sketch": Way(2, _sketch, crossed=True),
 }
