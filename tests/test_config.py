@@ -15,6 +15,12 @@ def test_the_documented_file_holds_the_defaults():
     assert documented == {k: v for k, v in MonitorConfig().model_dump().items() if k != "decay"}
 
 
+def test_the_documented_file_names_every_setting():
+    lines = (CONFIGS / "monitor.toml").read_text().splitlines()
+    named = {line.lstrip("# ").partition("=")[0].strip() for line in lines}
+    assert MonitorConfig.model_fields.keys() <= named
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
