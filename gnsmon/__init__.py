@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gnsmon.checking import check
     from gnsmon.config import MonitorConfig
     from gnsmon.estimators import Reading
+    from gnsmon.estimators.critical import CriticalBatch, fit_critical_batch
     from gnsmon.monitor import Coverage, Monitor, attach
     from gnsmon.norms.forms import Dense, Outer, Rows
     from gnsmon.norms.oracles import per_example_sq_norms, random_sign_sq_norms
@@ -23,6 +24,7 @@ _HOME = {
     "checking": ("check",),
     "config": ("MonitorConfig",),
     "estimators": ("Reading",),
+    "estimators.critical": ("CriticalBatch", "fit_critical_batch"),
     "monitor": ("Coverage", "Monitor", "attach"),
     "norms.forms": ("Dense", "Outer", "Rows"),
     "norms.oracles": ("per_example_sq_norms", "random_sign_sq_norms"),
@@ -34,6 +36,7 @@ _MODULE = {name: f"gnsmon.{module}" for module, names in _HOME.items() for name 
 __all__ = [
     "Advice",
     "Coverage",
+    "CriticalBatch",
     "Dense",
     "Monitor",
     "MonitorConfig",
@@ -43,6 +46,7 @@ __all__ = [
     "advise",
     "attach",
     "check",
+    "fit_critical_batch",
     "per_example_sq_norms",
     "random_sign_sq_norms",
     "rule",
