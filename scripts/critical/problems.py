@@ -32,7 +32,7 @@ class Problem:
     batch_sizes: tuple[int, ...]  # examples, rising
     targets: tuple[float, ...]  # held-out losses, falling
     lr: float  # where the search begins, at the largest batch
-    max_steps: int  # of any run
+    max_steps: int  # of a run, as long as nothing is known of the steps that it takes
     seeds: int = 3  # of the grid
     noise_seeds: int = 5  # of the runs along which the noise scale is averaged
 
@@ -55,27 +55,27 @@ PROBLEMS = {
             task="digits",
             optimizer="sgd",
             batch_sizes=(2, 4, 8, 16, 32, 64, 128, 256),
-            targets=(1.0, 0.5, 0.25),
+            targets=(0.7, 0.35, 0.18),
             lr=0.4,
-            max_steps=6000,
+            max_steps=600,
         ),
         Problem(
             "text-sgd",
             task="text",
             optimizer="sgd",
             batch_sizes=(2, 4, 8, 16, 32, 64, 128),
-            targets=(3.0, 2.8, 2.6),
-            lr=1.0,
-            max_steps=6000,
+            targets=(2.8, 2.65, 2.5),
+            lr=0.5,
+            max_steps=600,
         ),
         Problem(
             "text-adam",
             task="text",
             optimizer="adam",
             batch_sizes=(2, 4, 8, 16, 32, 64, 128),
-            targets=(2.8, 2.6, 2.4),
+            targets=(2.7, 2.5, 2.3),
             lr=0.01,
-            max_steps=6000,
+            max_steps=600,
         ),
     )
 }
@@ -87,7 +87,6 @@ def quick(problem: Problem) -> Problem:
         problem,
         batch_sizes=problem.batch_sizes[1::2],
         targets=problem.targets[:2],
-        max_steps=1000,
         seeds=2,
         noise_seeds=3,
     )

@@ -20,7 +20,7 @@ from gnsmon.estimators.critical import CriticalBatch, fit_critical_batch
 COARSE = 2  # half-octaves between the rates that bracket the best one on the first seed
 FURTHEST = 8  # half-octaves from the best rate of the next larger batch
 HOPELESS = 1.5  # times the best rate's steps on the first seed: not repeated on the others
-PATIENCE = 2.5  # times the fewest steps known at a batch size, after which a run is given up
+PATIENCE = 2.0  # times the fewest steps known, after which a run is given up
 TYPICAL = 12  # runs for a batch size, until some are known
 
 Records = dict[Run, dict[str, Any]]
@@ -104,12 +104,16 @@ def best_rate(problem: Problem, records: Records, size: int, target: int) -> int
 
 
 def budget(problem: Problem, size: int, records: Records) -> int:
-    """Steps after which a run at this batch size is given up."""
-    last = _steps(records, problem, size, len(problem.targets) - 1)
-    known = [steps for taken in last.values() for steps in taken if math.isfinite(steps)]
-    if not known:
-        return problem.max_steps
-    return min(problem.max_steps, math.ceil(PATIENCE * min(known)))
+    """Steps after which a run at this batch size is given up.
+
+    From the fewest known here or at the next larger size, whence they grow like 1 / B at most.
+    """
+    for larger in (other for other in problem.batch_sizes if other >= size):
+        last = _steps(records, problem, larger, len(problem.targets) - 1)
+        known = [steps for taken in last.values() for steps in taken if math.isfinite(steps)]
+        if known:
+            return math.ceil(PATIENCE * min(known) * larger / size)
+    return problem.max_steps
 
 
 def measure(
@@ -198,7 +202,7 @@ def _missing(problem: Problem, size: int, start: int, records: Records) -> list[
 def _bracket(first: dict[int, float], diverged: dict[int, bool], start: int) -> set[int]:
     """Rates to try on the first seed until the best has a neighbour on both sides."""
     if not first:
-        return {start - COARSE, start, start + COARSE}
+        return {start}  # alone: from its steps comes the budget of the others
     best = min(first, key=lambda rate: first[rate])
     if math.isinf(first[best]):
         return {min(first) - COARSE} if diverged[max(first)] else {max(first) + COARSE}
