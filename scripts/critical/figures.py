@@ -34,6 +34,8 @@ def draw(problem: Problem, found: list[Finding], path: Path) -> None:
         noise.set(xlabel="held-out loss (training goes to the right)", ylabel="examples")
         for axes in (steps, frontier, noise):
             axes.set_yscale("log")
+        noise.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        noise.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
         for axes in (steps, frontier):
             axes.set_xscale("log", base=2 if axes is steps else 10)
             axes.legend()

@@ -140,7 +140,7 @@ def tables(problem: Problem, found: list[Finding], records: Records) -> str:
         if noise is None:
             cells += [""] * 5
         else:
-            cells += [_number(noise.b_simple), _ends(noise.low, noise.high), _number(f.ratio)]
+            cells += [_number(noise.b_simple), _ends(noise.low, noise.high), _ratio(f.ratio)]
             cells += [_number(noise.mean_reading), _number(noise.suggested)]
         lines.append(f"| {' | '.join(cells)} |")
     notes = [f"Loss {f.target:g}: {f.fit.reason}." for f in found if f.fit.reason]
@@ -151,7 +151,8 @@ def tables(problem: Problem, found: list[Finding], records: Records) -> str:
         "",
     ]
     heads = [f"loss {f.target:g} | lr" for f in found]
-    lines += [f"| batch | {' | '.join(heads)} |", "|--:" * (1 + 2 * len(found)) + "|"]
+    heads.append(f"b_simple of one run to loss {problem.targets[-1]:g}")
+    lines += [f"| batch | {' | '.join(heads)} |", "|--:" * (2 + 2 * len(found)) + "|"]
     for size in problem.batch_sizes:
         cells = [str(size)]
         for f in found:
@@ -164,9 +165,20 @@ def tables(problem: Problem, found: list[Finding], records: Records) -> str:
                 cells.append(f"{learning_rate(problem, rate):.2g}")
             else:
                 cells += ["not reached", ""]
+        cells.append(_number(_alone(problem, size, found[-1], records)))
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "\\* the best run, along which the noise scale was averaged."]
     return "\n".join(lines)
+
+
+def _alone(problem: Problem, size: int, last: Finding, records: Records) -> float | None:
+    """b_simple along the first seed's best run of one batch size to the last target."""
+    rate, _ = last.steps.get(size, (0, []))
+    record = records.get(Run(problem.name, size, rate, 0, noise=True))
+    along = record and record["along"][-1]
+    if not along or along["grad_sq_norm"] <= 0:
+        return None
+    return float(along["tr_sigma"] / along["grad_sq_norm"])
 
 
 def write(path: Path, problems: list[Problem], records: Records) -> dict[str, list[Finding]]:
@@ -210,4 +222,8 @@ def _ends(low: float | None, high: float | None) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if value < 10 else f"{value:.0f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

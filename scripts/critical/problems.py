@@ -45,6 +45,7 @@ class Task:
     loss: Callable[[nn.Module, Batch], Tensor]
     sample: Callable[[int], Batch]  # from torch's generator
     held_out: Batch
+    positions: int | None = None  # in an example of a sequence model
 
 
 PROBLEMS = {
@@ -136,7 +137,7 @@ def _text() -> Task:
 
     starts = torch.linspace(0, len(text.validation) - CONTEXT - 1, 128).long()
     held_out = text.validation[starts[:, None] + ahead]
-    return Task(model, _cross_entropy, sample, (held_out[:, :-1], held_out[:, 1:]))
+    return Task(model, _cross_entropy, sample, (held_out[:, :-1], held_out[:, 1:]), CONTEXT)
 
 
 def _cross_entropy(model: nn.Module, batch: Batch) -> Tensor:

@@ -121,7 +121,10 @@ def _train(job: Job, task: Task, folder: Path) -> dict[str, Any]:
         for until in evaluations(job.budget):
             while step < until:
                 optimizer.zero_grad()
-                task.loss(model, task.sample(run.batch_size)).backward()
+                batch = task.sample(run.batch_size)
+                for part in _apart(batch, task) if run.noise and step == 0 else [batch]:
+                    share = len(part[0]) / run.batch_size
+                    (task.loss(model, part) * share).backward()
                 optimizer.step()
                 step += 1
             loss = _held_out(model, task, task.held_out)
@@ -129,6 +132,8 @@ def _train(job: Job, task: Task, folder: Path) -> dict[str, Any]:
             if not loss <= DIVERGED * first:
                 outcome = "diverged"
                 break
+            if run.noise and not readings:
+                raise RuntimeError(f"{run}: expected readings, got {dict(monitor.skipped)}")
             for i in crossings.evaluated(step, loss):
                 noise[i] = _noise(readings) if run.noise else None
             if crossings.steps[-1] is not None:
@@ -137,6 +142,19 @@ def _train(job: Job, task: Task, folder: Path) -> dict[str, Any]:
     known = loss if math.isfinite(loss) else None
     result = {"outcome": outcome, "ran": step, "loss": known, "steps": crossings.steps}
     return {**result, "along": noise} if run.noise else result
+
+
+def _apart(batch: Batch, task: Task) -> list[Batch]:
+    """The batch, or two unequal parts of it where it has as many examples as they have positions.
+
+    The monitor takes an axis for that of the examples only when it has been of a size of its own
+    once.
+    """
+    x, y = batch
+    if len(x) != task.positions:
+        return [batch]
+    cut = len(x) // 2 + 1
+    return [(x[:cut], y[:cut]), (x[cut:], y[cut:])]
 
 
 @torch.no_grad()

@@ -42,14 +42,23 @@ def wanted(problem: Problem, records: Records) -> list[Run]:
 
 
 def noise_runs(problem: Problem, records: Records) -> list[Run]:
-    """Runs with the monitor, at the batch size nearest to each target's critical one."""
+    """Runs with the monitor: at the batch size nearest to each target's critical one, on all seeds.
+
+    And on one seed at every batch size, at its best rate for the last target: at the nearest
+    alone, agreement could come from the choice of the batch.
+    """
     chosen = dict.fromkeys(
         place
         for target in range(len(problem.targets))
         if (place := best_place(problem, records, target)) is not None
     )
     seeds = range(problem.noise_seeds)
-    return [Run(problem.name, *place, seed, noise=True) for place in chosen for seed in seeds]
+    runs = [Run(problem.name, *place, seed, noise=True) for place in chosen for seed in seeds]
+    for size in problem.batch_sizes:
+        rate = best_rate(problem, records, size, len(problem.targets) - 1)
+        if rate is not None:
+            runs.append(Run(problem.name, size, rate, 0, noise=True))
+    return list(dict.fromkeys(runs))
 
 
 def best_place(problem: Problem, records: Records, target: int) -> tuple[int, int] | None:
@@ -312,7 +321,7 @@ def _expected(problem: Problem, records: Records) -> int:
     begun = [count for count in made if count]
     typical = max(begun[1:], default=TYPICAL)  # the smallest is still being searched
     grid = sum(begun[1:]) + max(begun[0], typical) if begun else 0
-    noise = problem.noise_seeds * len(problem.targets)
+    noise = problem.noise_seeds * len(problem.targets) + len(problem.batch_sizes)
     return grid + typical * (len(made) - len(begun)) + noise
 
 
