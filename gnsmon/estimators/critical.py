@@ -87,8 +87,8 @@ def fit_critical_batch(
         reason = f"the best curve has it above the largest batch, {largest:g}"
         low = None if low is None else min(low, largest)
         return CriticalBatch("above", reason, None, low, None, None, scatter)
-    reason = _outside(low, high, smallest, largest)
-    return CriticalBatch("ok", reason, b, low, high, points.s_min(b), scatter)
+    open_ends = _outside(low, high, smallest, largest)
+    return CriticalBatch("ok", open_ends, b, low, high, points.s_min(b), scatter)
 
 
 class _Points(NamedTuple):
@@ -151,8 +151,10 @@ def _ends(points: _Points, b: float, most: float) -> tuple[float | None, float |
     within[np.searchsorted(grid, b)] = True
     first, last = (int(i) for i in np.flatnonzero(within)[[0, -1]])
 
+    def above(log_b: float) -> float:
+        return float(points.rss(np.exp(log_b))[0]) - most
+
     def crossing(i: int, j: int) -> float:
-        above = lambda x: float(points.rss(np.exp(x))[0]) - most  # noqa: E731
         x, y = np.log(grid[i]), np.log(grid[j])
         if above(x) * above(y) >= 0:  # equal to rounding, where every run lies on the curve
             return float(grid[j])

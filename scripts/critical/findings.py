@@ -126,7 +126,7 @@ def tables(problem: Problem, found: list[Finding], records: Records) -> str:
     diverged = sum(record["outcome"] == "diverged" for record in own)
     seconds = sum(record["seconds"] for record in own)
     lines = [
-        f"{len(own)} runs, {seconds / 60:.0f} minutes of one core: {reached} came to the last "
+        f"{len(own)} runs, {seconds / 60:.0f} minutes of training: {reached} came to the last "
         f"target, {diverged} diverged, the others were given up.",
         "",
         "| held-out loss | b_crit | interval | S_min | E_min | scatter | b_simple along the best "
