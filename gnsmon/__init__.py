@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gnsmon.config import MonitorConfig
     from gnsmon.curvature import FullNoiseScale, full_noise_scale
     from gnsmon.estimators import Reading
+    from gnsmon.estimators.critical import CriticalBatch, fit_critical_batch
     from gnsmon.estimators.health import Health
     from gnsmon.halves import Alignment, alignment
     from gnsmon.monitor import Coverage, Monitor, attach
@@ -27,8 +28,9 @@ _HOME = {
     "config": ("MonitorConfig",),
     "curvature": ("FullNoiseScale", "full_noise_scale"),
     "estimators": ("Reading",),
-    "halves": ("Alignment", "alignment"),
+    "estimators.critical": ("CriticalBatch", "fit_critical_batch"),
     "estimators.health": ("Health",),
+    "halves": ("Alignment", "alignment"),
     "monitor": ("Coverage", "Monitor", "attach"),
     "norms.forms": ("Dense", "Outer", "Rows"),
     "norms.oracles": ("per_example_sq_norms", "random_sign_sq_norms"),
@@ -42,11 +44,12 @@ __all__ = [
     "Alignment",
     "BatchSizeSchedule",
     "Coverage",
+    "CriticalBatch",
     "Dense",
     "FullNoiseScale",
     "Goal",
-    "Layout",
     "Health",
+    "Layout",
     "Monitor",
     "MonitorConfig",
     "Outer",
@@ -57,6 +60,7 @@ __all__ = [
     "alignment",
     "attach",
     "check",
+    "fit_critical_batch",
     "full_noise_scale",
     "per_example_sq_norms",
     "random_sign_sq_norms",

@@ -1,0 +1,229 @@
+"""What the runs say: the critical batch of each target beside the noise scale on the way to it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from critical.problems import Problem
+from critical.runs import Run, learning_rate
+from critical.search import Records, best_place, fewest_steps, fit_of
+from gnsmon.estimators.critical import CriticalBatch
+from gnsmon.estimators.interval import student_quantile
+from gnsmon.estimators.jackknife import jackknife
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The noise scale along the best runs, from their start to the target; examples."""
+
+    batch_size: int
+    rate: int
+    runs: int
+    b_simple: float | None  # mean of S over steps and runs over that of |G|²
+    low: float | None  # at 95 %, from the spread of the runs
+    high: float | None
+    mean_reading: float | None  # of the monitor's smoothed readings, wherever there was one
+    suggested: float | None  # median of the batch sizes that it suggested
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One target."""
+
+    target: float
+    steps: dict[int, tuple[int, list[float]]]  # batch size -> best rate, steps of its seeds
+    fit: CriticalBatch
+    noise: Noise | None
+
+    @property
+    def ratio(self) -> float | None:
+        """b_simple over b_crit."""
+        if self.noise is None or self.noise.b_simple is None or self.fit.b_crit is None:
+            return None
+        return self.noise.b_simple / self.fit.b_crit
+
+
+def findings(problem: Problem, records: Records) -> list[Finding]:
+    """One for each target."""
+    found = []
+    for i, target in enumerate(problem.targets):
+        steps = fewest_steps(problem, records, i)
+        noise = _noise(problem, records, i)
+        found.append(Finding(target, steps, fit_of(steps), noise))
+    return found
+
+
+def _noise(problem: Problem, records: Records, target: int) -> Noise | None:
+    place = best_place(problem, records, target)
+    if place is None:
+        return None
+    seeds = range(problem.noise_seeds)
+    made = [records.get(Run(problem.name, *place, seed, noise=True)) for seed in seeds]
+    along: list[dict[str, Any]] = [r["along"][target] for r in made if r and r["along"][target]]
+    if not along:
+        return None
+    s, g = (np.array([x[key] for x in along]) for key in ("tr_sigma", "grad_sq_norm"))
+    b_simple = low = high = None
+    if s.sum() > 0 and g.sum() > 0:
+        b_simple = float(s.sum() / g.sum())
+        if len(along) > 1:
+            error = math.sqrt(float(jackknife(s, g).variance)) / b_simple
+            factor = math.exp(student_quantile(len(along) - 1, 0.975) * error)
+            low, high = b_simple / factor, b_simple * factor
+    told, sizes = (
+        [x[key] for x in along if x[key] is not None] for key in ("mean_reading", "suggested")
+    )
+    return Noise(
+        *place,
+        len(along),
+        b_simple,
+        low,
+        high,
+        float(np.mean(told)) if told else None,
+        float(np.median(sizes)) if sizes else None,
+    )
+
+
+def to_json(results: dict[str, list[Finding]]) -> str:
+    """The numbers alone: problem -> targets."""
+    problems = {
+        name: {"targets": [_numbers(finding) for finding in found]}
+        for name, found in results.items()
+    }
+    return json.dumps({"problems": problems}, indent=1) + "\n"
+
+
+def _numbers(finding: Finding) -> dict[str, Any]:
+    fit, noise = finding.fit, finding.noise
+    return {
+        "loss": finding.target,
+        "status": fit.status,
+        "reason": fit.reason,
+        "b_crit": fit.b_crit,
+        "low": fit.low,
+        "high": fit.high,
+        "s_min": fit.s_min,
+        "scatter": fit.scatter,
+        "b_simple": noise and noise.b_simple,
+        "b_simple_low": noise and noise.low,
+        "b_simple_high": noise and noise.high,
+        "mean_reading": noise and noise.mean_reading,
+        "suggested": noise and noise.suggested,
+        "batch_size": noise and noise.batch_size,
+    }
+
+
+def tables(problem: Problem, found: list[Finding], records: Records) -> str:
+    """Markdown: the comparison, and the steps from which it comes."""
+    own = [record for run, record in records.items() if run.problem == problem.name]
+    reached = sum(record["outcome"] == "reached" for record in own)
+    diverged = sum(record["outcome"] == "diverged" for record in own)
+    seconds = sum(record["seconds"] for record in own)
+    lines = [
+        f"{len(own)} runs, {seconds / 60:.0f} minutes of training: {reached} came to the last "
+        f"target, {diverged} diverged, the others were given up.",
+        "",
+        "| held-out loss | b_crit | interval | S_min | E_min | scatter | b_simple along the best "
+        "run | interval | b_simple / b_crit | mean of the readings | suggested batch |",
+        "|--:|--:|:-:|--:|--:|--:|--:|:-:|--:|--:|--:|",
+    ]
+    for f in found:
+        fit, noise = f.fit, f.noise
+        cells = [f"{f.target:g}", _critical(fit), _ends(fit.low, fit.high), _number(fit.s_min)]
+        cells += [_number(fit.e_min), "" if fit.scatter is None else f"{fit.scatter:.1%}"]
+        if noise is None:
+            cells += [""] * 5
+        else:
+            cells += [_number(noise.b_simple), _ends(noise.low, noise.high), _ratio(f.ratio)]
+            cells += [_number(noise.mean_reading), _number(noise.suggested)]
+        lines.append(f"| {' | '.join(cells)} |")
+    notes = [f"Loss {f.target:g}: {f.fit.reason}." for f in found if f.fit.reason]
+    lines += ["", *notes] if notes else []
+    lines += [
+        "",
+        "Steps at the best learning rate, geometric mean of the seeds (least to most):",
+        "",
+    ]
+    heads = [f"loss {f.target:g} | lr" for f in found]
+    heads.append(f"b_simple of one run to loss {problem.targets[-1]:g}")
+    lines += [f"| batch | {' | '.join(heads)} |", "|--:" * (2 + 2 * len(found)) + "|"]
+    for size in problem.batch_sizes:
+        cells = [str(size)]
+        for f in found:
+            rate, steps = f.steps.get(size, (0, [math.inf]))
+            if np.isfinite(steps).all():
+                mean = math.exp(float(np.mean(np.log(steps))))
+                mark = "*" if f.noise and f.noise.batch_size == size else ""
+                spread = f"{_number(min(steps))} to {_number(max(steps))}"
+                cells.append(f"{_number(mean)}{mark} ({spread})")
+                cells.append(f"{learning_rate(problem, rate):.2g}")
+            else:
+                cells += ["not reached", ""]
+        cells.append(_number(_alone(problem, size, found[-1], records)))
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "\\* the best run, along which the noise scale was averaged."]
+    return "\n".join(lines)
+
+
+def _alone(problem: Problem, size: int, last: Finding, records: Records) -> float | None:
+    """b_simple along the first seed's best run of one batch size to the last target."""
+    rate, _ = last.steps.get(size, (0, []))
+    record = records.get(Run(problem.name, size, rate, 0, noise=True))
+    along = record and record["along"][-1]
+    if not along or along["grad_sq_norm"] <= 0:
+        return None
+    return float(along["tr_sigma"] / along["grad_sq_norm"])
+
+
+def write(path: Path, problems: list[Problem], records: Records) -> dict[str, list[Finding]]:
+    """Put tables between the marks of the document, figures and validation.json beside it.
+
+    Raises:
+        ValueError: when the document has no marks for a problem.
+    """
+    from critical.figures import draw
+
+    text, results = path.read_text(), {}
+    for problem in problems:
+        found = results[problem.name] = findings(problem, records)
+        begin, end = f"<!-- critical: {problem.name} -->", f"<!-- end: {problem.name} -->"
+        before, opened, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not opened or not closed:
+            raise ValueError(f"{path}: expected the marks {begin} and {end}, found them not; add")
+        picture = f"figures/validation_{problem.name.replace('-', '_')}.png"
+        (path.parent / "figures").mkdir(exist_ok=True)
+        draw(problem, found, path.parent / picture)
+        part = f"![{problem.name}]({picture})\n\n{tables(problem, found, records)}"
+        text = f"{before}{begin}\n\n{part}\n\n{end}{after}"
+    path.write_text(text)
+    path.with_suffix(".json").write_text(to_json(results))
+    return results
+
+
+def _critical(fit: CriticalBatch) -> str:
+    return fit.status if fit.b_crit is None else _number(fit.b_crit)
+
+
+def _ends(low: float | None, high: float | None) -> str:
+    if low is None and high is None:
+        return ""
+    if low is None:
+        return f"below {_number(high)}"
+    return f"above {_number(low)}" if high is None else f"{_number(low)} to {_number(high)}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
