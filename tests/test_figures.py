@@ -72,6 +72,7 @@ def test_figure_2_with_and_without_measured_batches(trained, tmp_path):
     is_written(training.page_a(without), tmp_path)
     is_written(training.page_b(without), tmp_path)
     target = {"loss": 3.5, "b_crit": 40.0, "low": 20.0, "high": None}
+    target |= {"b_simple": 30.0, "b_simple_low": 25.0, "b_simple_high": 35.0}
     problems = {"text-adam": {"targets": [target]}, "digits-sgd": {"targets": [target]}}
     file.write_text(json.dumps({"problems": problems}))
     numbers = training.measure(trained, validation=file)
@@ -79,7 +80,7 @@ def test_figure_2_with_and_without_measured_batches(trained, tmp_path):
     assert (point.problem, point.loss, point.b_crit, point.low) == ("text-adam", 3.5, 40.0, 20.0)
     assert math.isnan(point.high)
     page = training.page_b(numbers)
-    assert "text-adam 40 at loss 3.5" in page.text[1]
+    assert "Adam 40 against 30 at loss 3.5" in page.text[1]
     is_written(page, tmp_path)
 
 

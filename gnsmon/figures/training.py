@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from gnsmon.sinks import Log, read_log
 METHODS = ("pepgns", "sogns")
 BLOCKS = "blocks"  # the group of the layers that SOGNS approximates; little of the whole norm
 POINTS = 50  # steps drawn over the loss
-PROBLEMS = {"text-adam": "measured, Adam", "text-sgd": "measured, SGD"}
+PROBLEMS = {"text-adam": "Adam", "text-sgd": "SGD"}  # of docs/validation.md
 TITLE_A = "Noise scale of a character GPT in training: SOGNS beside exact norms"
 TITLE_B = "Noise scale against the loss of the same run"
 
@@ -120,13 +120,19 @@ class Course:
 
 @dataclass(frozen=True)
 class Measured:
-    """A critical batch that was found by training at many batch sizes."""
+    """A critical batch found by training at many batch sizes, and the noise scale there."""
 
     problem: str
     loss: float
     b_crit: float
     low: float
     high: float
+    b_simple: float
+    b_simple_low: float
+    b_simple_high: float
+
+
+COLUMNS = tuple(field.name for field in fields(Measured))[1:]
 
 
 @dataclass(frozen=True)
@@ -187,14 +193,14 @@ def critical_batches(file: Path | None) -> list[Measured]:
     try:
         problems = json.loads(file.read_text(encoding="utf-8"))["problems"]
         return [
-            Measured(name, *(_number(target[key]) for key in ("loss", "b_crit", "low", "high")))
+            Measured(name, *(_number(target[key]) for key in COLUMNS))
             for name in PROBLEMS
             for target in problems.get(name, {}).get("targets", [])
         ]
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f'{file}: expected {{"problems": {{name: {{"targets": [{{"loss", "b_crit", "low", '
-            f'"high"}}, ...]}}}}}}, got something else ({error!r}); write it anew or name no file'
+            f'{file}: expected {{"problems": {{name: {{"targets": [...]}}}}}}, each target with '
+            f"{', '.join(COLUMNS)}; got something else ({error!r}); write it anew or name no file"
         ) from error
 
 
@@ -227,9 +233,16 @@ def page_b(numbers: Numbers) -> Page:
     """The figure over the loss."""
     if numbers.measured:
         points = ", ".join(
-            f"{m.problem} {number(m.b_crit)} at loss {m.loss:.3g}" for m in numbers.measured
+            f"{PROBLEMS[m.problem]} {number(m.b_crit)} against {number(m.b_simple)} at loss "
+            f"{m.loss:.3g}"
+            for m in numbers.measured
         )
-        crit = f"Points: the critical batch measured by training at many batch sizes ({points})."
+        crit = (
+            "Right: the critical batch found by training at many batch sizes, beside b_simple "
+            f"averaged along the best run to the same loss ({points}). That is another, smaller "
+            "model on sequences of 32 characters (docs/validation.md), whose numbers are to be "
+            "compared with one another, not with those on the left."
+        )
     else:
         crit = (
             "The critical batch measured by training at many batch sizes is not drawn: there was "
@@ -293,28 +306,44 @@ def plot_a(numbers: Numbers, path: Path) -> None:
 
 
 def plot_b(numbers: Numbers, path: Path) -> None:
-    """Draw the noise scales over the loss, which falls to the right."""
-    from gnsmon.figures.drawing import EXACT, FOURTH, THIRD, canvas
+    """Draw the noise scales over the loss, which falls to the right, and the measured ones."""
+    from gnsmon.figures.drawing import EXACT, canvas
 
-    colours = dict(zip(PROBLEMS, (THIRD, FOURTH), strict=True))
-    with canvas(path, TITLE_B, size=(8.4, 4.8)) as (axes,):
+    columns = 1 + bool(numbers.measured)
+    with canvas(path, TITLE_B, columns=columns, size=(5.4 + 4.2 * columns, 4.8)) as (axes, *rest):
         shown = np.unique(np.linspace(0, len(numbers.loss) - 1, POINTS).astype(int))
         exact = numbers.courses["pepgns"]
         x, low, high = (values[shown] for values in (numbers.loss, exact.low, exact.high))
         axes.vlines(x, low, high, color=EXACT, alpha=0.25, lw=2.5)
         _courses(axes, numbers, numbers.loss, ".", shown)
-        for name, label in PROBLEMS.items():
-            own = [m for m in numbers.measured if m.problem == name]
-            if own:
-                y = np.array([m.b_crit for m in own])
-                ends = np.array([[m.b_crit - m.low, m.high - m.b_crit] for m in own]).T
-                style: dict[str, Any] = {"fmt": "D", "ms": 6, "capsize": 3, "color": colours[name]}
-                ends = np.maximum(np.nan_to_num(ends), 0)
-                axes.errorbar([m.loss for m in own], y, ends, **style, label=f"b_crit {label}")
         axes.invert_xaxis()
         axes.set(xlabel="training loss, averaged (nats a character)")
         axes.set_ylabel("noise scale (sequences)")
         axes.legend(loc="upper left")
+        for other in rest:
+            _measured(other, numbers.measured)
+
+
+def _measured(axes: Any, measured: list[Measured]) -> None:
+    """Draw the measured critical batches and the noise scales that belong to them."""
+    from gnsmon.figures.drawing import FOURTH, THIRD, plain_numbers
+
+    for (name, label), colour in zip(PROBLEMS.items(), (THIRD, FOURTH), strict=True):
+        own = [m for m in measured if m.problem == name]
+        for what, low, high, style in (
+            ("b_crit", "low", "high", "D-"),
+            ("b_simple", "b_simple_low", "b_simple_high", "o--"),
+        ):
+            values = {k: np.array([getattr(m, k) for m in own]) for k in ("loss", what, low, high)}
+            y = values[what]
+            ends = np.maximum(np.nan_to_num([y - values[low], values[high] - y]), 0)
+            kind: dict[str, Any] = {"fmt": style, "ms": 6, "capsize": 3, "color": colour, "lw": 1}
+            axes.errorbar(values["loss"], y, ends, **kind, label=f"{what}, {label}")
+    axes.set_yscale("log")
+    axes.invert_xaxis()
+    axes.set(xlabel="held-out loss of a smaller model", ylabel="examples")
+    axes.legend(loc="lower right", ncols=2)
+    plain_numbers(axes.yaxis, subs=(1, 2, 5))
 
 
 def _courses(axes: Any, numbers: Numbers, x: Array, style: str, at: Any = slice(None)) -> None:
