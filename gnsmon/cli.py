@@ -158,6 +158,7 @@ def advise(
         ),
     ] = [],  # noqa: B006
     curve: Annotated[bool, typer.Option("--curve", help="Print steps against examples.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw them, as PNG.")] = None,
     schedule: Annotated[
         Path | None,
         typer.Option(help="Write the batch warm-up of this run, as JSON.", rich_help_panel=WARM_UP),
@@ -224,6 +225,10 @@ def advise(
     console.print(Text(str(words)))
     if curve:
         console.print(Text(), curve_table(words))
+    if plot is not None:
+        from gnsmon.plots import plot_curve
+
+        console.print(Text(f"\n{plot_curve(words, plot)}", style="dim"), soft_wrap=True)
     if schedule is None and snippet is None:
         return
     start = start or int(log.of()["examples"][0])

@@ -18,6 +18,8 @@ from gnsmon.sinks.wording import number
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from gnsmon.advice import Advice
+
 MAIN, BATCH, LOSS, INK, FAINT = "#1f5fa8", "#3d3d3d", "#5b7f3b", "#222222", "#5a5a5a"
 OTHERS = ("#c2571a", "#7a4fa3", "#1a8a7a", "#b03060")
 STYLE: dict[Any, Any] = {
@@ -84,6 +86,53 @@ def plot_run(
         figure.suptitle(_title(log), x=0.01, ha="left", fontsize=14, color=INK)
         if notes:
             figure.supxlabel(" ".join(notes), fontsize=9, color=FAINT, x=0.01, ha="left")
+        figure.savefig(path)
+    return Path(path)
+
+
+def plot_curve(advice: Advice, path: str | Path) -> Path:
+    """The path of a picture of steps against examples, each as a multiple of the fewest.
+
+    The line is (S/S_min - 1)(E/E_min - 1) = 1 (McCandlish et al. 2018, 2.7); its band are batches
+    that the interval of b_simple leaves open as the best.
+
+    Raises:
+        ValueError: where b_simple is not known.
+        ImportError: without matplotlib.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter
+    except ImportError as error:
+        raise ImportError('a plot needs matplotlib: pip install "gnsmon[report]"') from error
+    if not advice.b_simple:
+        raise ValueError(f"no curve to plot: b_simple is not known ({advice.reason})")
+    b = advice.b_simple
+    marks = {advice.present: ("present", BATCH, "s")}
+    if advice.batch_size not in (None, advice.present):
+        marks[advice.batch_size] = ("suggested", MAIN, "o")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.8, 4.8), dpi=120, layout="constrained")
+        axes = figure.subplots()
+        ends = [b / 32, b * 32, *marks]
+        sizes = np.geomspace(min(ends) / 1.2, max(ends) * 1.2, 300)
+        axes.plot(1 + b / sizes, 1 + sizes / b, color=FAINT, lw=1.2)
+        if advice.best_low and advice.best_high:
+            open_sizes = np.geomspace(advice.best_low, advice.best_high, 50)
+            steps, examples = 1 + b / open_sizes, 1 + open_sizes / b
+            label = f"best: {number(advice.best_low)} to {number(advice.best_high)} examples"
+            axes.plot(steps, examples, color=MAIN, alpha=0.25, lw=9, label=label)
+        for size, (what, colour, marker) in marks.items():
+            at = 1 + b / size, 1 + size / b
+            axes.plot(*at, marker, color=colour, ms=8, label=f"{what}: {size:,} examples a step")
+        axes.set(xscale="log", yscale="log")
+        axes.set(xlabel="steps / fewest possible", ylabel="examples / fewest possible")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axis.set_minor_formatter(FuncFormatter(lambda x, _: ""))
+        axes.set_title(f"Noise scale {number(b)} examples: what a batch costs", loc="left")
+        axes.legend(loc="upper right")
         figure.savefig(path)
     return Path(path)
 

@@ -220,6 +220,15 @@ def test_goals_by_hand(goal, batch):
     assert a.batch_size == batch
 
 
+def test_the_suggestion_comes_with_its_interval():
+    a = advise(reading(), present=8, goal=Goal(data_overhead=0.25))
+    assert (a.best_low, a.best_high) == (50, 80)  # a quarter of 200 and 320
+    assert "For at most 0.25 times the fewest examples on top, something from 50 to 80" in text(a)
+    a = advise(reading(low=500.0, **LOWER), goal=Goal(data_overhead=0.5))
+    assert (a.best_low, a.best_high) == (250, None)
+    assert "250 or more would be best" in text(a)
+
+
 def test_prices_make_the_cheapest_run():
     goal, b = Goal(step_price=7.0, example_price=0.3), 123.0
     best = goal.batch_size(b)

@@ -98,6 +98,16 @@ def test_the_curve(run, capsys):
     assert "1,024 2.06 1.94 suggested" in words
 
 
+def test_the_curve_as_a_picture(run, capsys, tmp_path):
+    said(capsys, run, "--plot", tmp_path / "curve.png", "--data-overhead", 0.5)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    lines = (run / "gns.jsonl").read_text().splitlines(keepends=True)
+    unknown = json.loads(lines[-1]) | {"status": "undefined", "reason": "3 steps", "b_simple": None}
+    unknown["groups"] = unknown.pop("groups")  # which are the last field
+    (run / "gns.jsonl").write_text("".join([*lines[:-1], json.dumps(unknown) + "\n"]))
+    assert "no curve to plot" in refused(capsys, run, "--plot", tmp_path / "other.png")
+
+
 def test_a_warm_up_of_the_recorded_run(run, capsys, tmp_path):
     file = tmp_path / "warmup.json"
     arguments = ("--start", 16, "--largest", 256, "--dwell", 20, "--schedule", file)

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "config": set(),
     "pace": set(),
     "sinks": {"estimators", "plots"},
-    "plots": {"estimators", "sinks"},
+    "plots": {"advice", "estimators", "sinks"},
     "report": {"estimators", "sinks", "plots", "advice"},
     "collectors": {"norms", "estimators"},
     "methods": {"collectors", "estimators", "config"},

@@ -51,6 +51,8 @@ class Advice:
     world_size: int = 1
     tokens_per_example: float | None = None
     goal: Goal = Goal()
+    best_low: float | None = None  # the goal's best batch at the ends of the interval
+    best_high: float | None = None
 
     def curve(self, batch_sizes: Sequence[int] | None = None) -> list[Point]:
         """Steps and examples against the batch, the present and the suggested one among them.
@@ -89,12 +91,19 @@ class Advice:
         if self.batch_size is None:
             return f"No reason yet to change the batch of {present}. {noise}"
         if self.batch_size == self.present:
-            return f"Keep the batch at {present}. {noise}"
+            return f"Keep the batch at {present}.{self._aim()} {noise}"
         verb = "Grow" if self.batch_size > self.present else "Shrink"
         least = "at least " if self.b_simple is None else ""
-        aim = "" if self.goal == Goal() else f" For {self.goal}."
         size = self._size(self.batch_size)
-        return f"{verb} the batch from {present} to {least}{size}.{aim} {noise}"
+        return f"{verb} the batch from {present} to {least}{size}.{self._aim()} {noise}"
+
+    def _aim(self) -> str:
+        if self.goal == Goal():
+            return ""
+        if self.best_high is None:
+            return f" For {self.goal}, {_number(self.best_low)} or more would be best."
+        ends = f"{_number(self.best_low)} to {_number(self.best_high)}"
+        return f" For {self.goal}, something from {ends} is best."
 
     def _cost(self) -> str:
         if self.extra_steps is None or self.extra_examples is None:
@@ -199,6 +208,8 @@ def advise(
         world_size=world_size,
         tokens_per_example=tokens_per_example,
         goal=goal,
+        best_low=None if reading.low is None else goal.batch_size(max(reading.low, 0.0)),
+        best_high=None if reading.high is None else goal.batch_size(max(reading.high, 0.0)),
     )
 
 
