@@ -218,6 +218,7 @@ def advise(
         present=batch_size,
         goal=goal,
         optimizer=optimizer,
+        in_metric=log.in_metric(),
         largest_microbatch=largest_microbatch,
         powers_of_two=not any_size,
         **layout,

@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from gnsmon.advice import Advice, Goal, advise
 from gnsmon.collectors.groups import group_of
 from gnsmon.collectors.per_example import EXACT, NOT_A_NORM
-from gnsmon.collectors.preconditioner import NO_MOMENT, NO_STATE
+from gnsmon.collectors.preconditioner import NO_MOMENT, NO_STATE, named
 from gnsmon.collectors.random_signs import RandomSigns
 from gnsmon.collectors.reduction import Ranks, others, over_ranks
 from gnsmon.collectors.shards import refusal
@@ -666,6 +666,7 @@ class Monitor:
             microbatch=last.microbatch,
             world_size=self._ranks.size,
             optimizer=_named(self._optimizers[0]) if self._optimizers else None,
+            in_metric=self.readings.get(named(reading.method)),
             tokens_per_example=reading.tokens / reading.examples if reading.tokens else None,
             **asked,
         )

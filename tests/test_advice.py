@@ -187,6 +187,16 @@ def test_caveats(changes, words):
     assert words in text(a)
 
 
+def test_the_reading_in_the_optimizers_metric_is_told_beside():
+    beside = reading(method="pepgns_preconditioned_factored", b_simple=31.0, low=25.0, high=40.0)
+    words = text(advise(reading(), optimizer="AdamW", in_metric=beside))
+    assert "(pepgns_preconditioned_factored) it is 31 examples, interval 25 to 40." in words
+    beside = reading(method="pepgns_preconditioned_factored", low=25.0, **LOWER)
+    words = text(advise(reading(), optimizer="AdamW", in_metric=beside))
+    assert "it is not measurable yet, at least 25 examples" in words
+    assert "in its metric" not in text(advise(reading(), optimizer="SGD", in_metric=beside))
+
+
 def test_a_sound_reading_carries_the_one_assumption():
     assert len(advise(reading(), optimizer="SGD").caveats) == 1
 

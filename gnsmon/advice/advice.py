@@ -155,6 +155,7 @@ def advise(
     world_size: int = 1,
     powers_of_two: bool = True,
     optimizer: str | None = None,
+    in_metric: Reading | None = None,
     tokens_per_example: float | None = None,
 ) -> Advice:
     """What the reading says about the batch size.
@@ -171,6 +172,7 @@ def advise(
         world_size: workers that average their gradients.
         powers_of_two: times the smallest batch, or any multiple.
         optimizer: name of its class; without it no learning-rate factor. "momentum" for SGD's.
+        in_metric: the preconditioned reading, to be told beside.
         tokens_per_example: unless it is that of the reading; sizes are then told in tokens too.
 
     Raises:
@@ -201,7 +203,7 @@ def advise(
         examples=examples_factor(size, b) / examples_factor(batch, b) if b and size else None,
         cost=_cost_factor(goal, batch, size, b),
         learning_rate_factor=family.rate(batch, size, b) if size and family else None,
-        caveats=tuple(_caveats(reading, batch, size, layout, optimizer)),
+        caveats=tuple(_caveats(reading, batch, size, layout, optimizer, in_metric)),
         reason=reading.reason,
         b_simple=b,
         microbatch=found.microbatch if found else microbatch,
@@ -245,7 +247,12 @@ def _cost_factor(goal: Goal, before: int, after: int | None, b: float | None) ->
 
 
 def _caveats(
-    reading: Reading, present: int, size: int | None, layout: Layout, optimizer: str | None
+    reading: Reading,
+    present: int,
+    size: int | None,
+    layout: Layout,
+    optimizer: str | None,
+    in_metric: Reading | None,
 ) -> list[str]:
     family, unit = family_of(optimizer), layout.unit
     caveats = []
@@ -280,8 +287,19 @@ def _caveats(
     if reading.status != "undefined":
         caveats.append(ANISOTROPIC)
         if family is not None and family.caveat:
-            caveats.append(family.caveat)
+            caveats.append(family.caveat + _beside(in_metric) * family.has_beta2)
     return caveats
+
+
+def _beside(in_metric: Reading | None) -> str:
+    """What the noise scale in an adaptive optimizer's own metric is."""
+    if in_metric is None:
+        return ": compare the preconditioned one (preconditioned=True)"
+    b, low, high = (_number(x) for x in (in_metric.b_simple, in_metric.low, in_metric.high))
+    if in_metric.b_simple is None:
+        least = f", at least {low} examples" if in_metric.low else ""
+        return f": in its metric ({in_metric.method}) it is not measurable yet{least}"
+    return f": in its metric ({in_metric.method}) it is {b} examples, interval {low} to {high}"
 
 
 def _remedy(reading: Reading) -> str:

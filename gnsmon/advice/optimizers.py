@@ -59,7 +59,7 @@ FAMILIES = (
         _root_rate,
         has_beta2=True,
         caveat="an optimizer that divides by the gradient's size has another noise scale, which "
-        "may differ by an order of magnitude: compare the preconditioned one (preconditioned=True)",
+        "may differ by an order of magnitude",
     ),
     Family(
         "momentum",

@@ -182,6 +182,11 @@ class Log:
         """The layers' health at the last measured step, None without diagnostics."""
         return None if self.last_health is None else Health.from_json(self.last_health)
 
+    def in_metric(self) -> Reading | None:
+        """The primary method's last reading in the optimizer's metric, if there is one."""
+        own = f"{self._named(None)}_preconditioned"
+        return next((self.latest(name) for name in self.methods if name.startswith(own)), None)
+
     def _named(self, method: str | None) -> str | None:
         return method or next(iter(self.methods), None)
 
