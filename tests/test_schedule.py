@@ -96,6 +96,14 @@ def test_a_resumed_run_goes_on():
     assert whole.stages == second.stages
 
 
+def test_a_monitor_that_counts_anew_is_refused():
+    """Else its readings would count for nothing until it had caught up."""
+    schedule = BatchSizeSchedule(64)
+    schedule.update(reading(500))
+    with pytest.raises(ValueError, match="after step 500, got step 9; .* state_dict"):
+        schedule.update(reading(9))
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
