@@ -88,11 +88,11 @@ class Advice:
             noise = f"The noise scale is {self._size(self.b_simple)}, interval {ends}."
         if self.batch_size is None:
             return f"No reason yet to change the batch of {present}. {noise}"
+        aim = "" if self.goal == Goal() else f" For {self.goal}."
         if self.batch_size == self.present:
-            return f"Keep the batch at {present}. {noise}"
+            return f"Keep the batch at {present}.{aim} {noise}"
         verb = "Grow" if self.batch_size > self.present else "Shrink"
         least = "at least " if self.b_simple is None else ""
-        aim = "" if self.goal == Goal() else f" For {self.goal}."
         size = self._size(self.batch_size)
         return f"{verb} the batch from {present} to {least}{size}.{aim} {noise}"
 
@@ -192,7 +192,7 @@ def advise(
         examples=examples_factor(size, b) / examples_factor(batch, b) if b and size else None,
         cost=_cost_factor(goal, batch, size, b),
         learning_rate_factor=family.rate(batch, size, b) if size and family else None,
-        caveats=tuple(_caveats(reading, batch, size, layout, optimizer)),
+        caveats=tuple(_caveats(reading, batch, size, goal, layout, optimizer)),
         reason=reading.reason,
         b_simple=b,
         microbatch=found.microbatch if found else microbatch,
@@ -234,7 +234,12 @@ def _cost_factor(goal: Goal, before: int, after: int | None, b: float | None) ->
 
 
 def _caveats(
-    reading: Reading, present: int, size: int | None, layout: Layout, optimizer: str | None
+    reading: Reading,
+    present: int,
+    size: int | None,
+    goal: Goal,
+    layout: Layout,
+    optimizer: str | None,
 ) -> list[str]:
     family, unit = family_of(optimizer), layout.unit
     caveats = []
@@ -260,8 +265,10 @@ def _caveats(
         )
     if size is not None and size % unit:
         caveats.append(f"{size} is no multiple of the smallest batch of this layout, {unit}")
-    if size is not None and size == unit and size > math.sqrt(2) * (reading.high or math.inf):
-        caveats.append(f"{unit} is the smallest batch of this layout: shrink the microbatch")
+    most = math.inf if reading.high is None else math.sqrt(2) * goal.batch_size(reading.high)
+    if size is not None and size == unit and size > max(most, 1):
+        remedy = "shrink the microbatch" if unit > layout.world_size else "take fewer workers"
+        caveats.append(f"{unit} is the smallest batch of this layout: {remedy}")
     if size is not None and size != present and family is not None and family.has_beta2:
         caveats.append(
             f"keep Adam's half-lives in tokens: raise beta2 to the power {size / present:.3g}"
