@@ -384,6 +384,8 @@ def test_the_line_through_the_step_times():
         ([], [], "there is none"),
         ([8, 8], [0.1, 0.2], "all have 8 examples"),
         ([8, 16], [0.2, 0.1], "took no longer"),
+        ([64, 128], [0.1, 0.1], "took no longer"),
+        ([64, 128], [0.1, 0.1 + 1e-16], "took no longer"),
     ],
 )
 def test_times_that_say_nothing(examples, seconds, words):
