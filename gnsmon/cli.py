@@ -216,7 +216,7 @@ def advise(
         console.print(Text(f"{line}\n"))
     else:
         goal = Goal(**limits, step_price=step_price, example_price=example_price)
-    optimizer = optimizer or next(iter(log.header.get("optimizer") or []), None)
+    optimizer = optimizer or " and ".join(log.header.get("optimizer") or [])
     words = advise_on(
         reading,
         present=batch_size,

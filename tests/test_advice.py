@@ -76,6 +76,7 @@ def test_extra_steps_and_examples_are_reciprocal():
         ("LARS with momentum 0.9", None),  # of no known rule, which momentum does not change
         ("SGDP with momentum 0.9", 2.5),
         ("momentum", 2.5),
+        ("AdamW and Muon", None),
         (None, None),
     ],
 )

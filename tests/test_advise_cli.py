@@ -139,6 +139,14 @@ def test_a_warm_up_keeps_its_microbatch(run, capsys):
     assert "(0, 64, 2, 1)," in said(capsys, run, *arguments, "--microbatch", 32)
 
 
+def test_of_several_optimizers_none_is_passed_over(run, capsys):
+    log = run / "gns.jsonl"
+    log.write_text(log.read_text().replace('"optimizer":["SGD"]', '"optimizer":["AdamW","Muon"]'))
+    words = said(capsys, run)
+    assert "spectral norm" in words
+    assert "learning rate times" not in words
+
+
 def test_a_folder_is_no_file_to_write(run, capsys):
     assert "Is a directory" in refused(capsys, run, "--schedule", run)
 

@@ -78,7 +78,10 @@ FAMILIES = (
 
 
 def family_of(optimizer: str | None) -> Family | None:
-    """The family of an optimizer's class, or of what it is called; None if it is not known."""
+    """The family of an optimizer's class, or of what it is called; None if it is not known.
+
+    Of several, joined by "and", that of which the least is known.
+    """
     name = (optimizer or "").lower()
     if "sgd" not in name:  # another one's momentum makes no SGD of it
         name = name.partition(" with momentum")[0]
