@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one line on stderr and exit status 2."""
     try:
         app(args=arguments)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         Console(stderr=True).print(Text(str(error), style="red"), soft_wrap=True)
         sys.exit(2)
 
@@ -196,8 +196,13 @@ def advise(
     reading = log.latest()
     if reading is None:
         raise ValueError(f"{log.path} has no reading yet, so there is nothing to advise on")
-    if wall_clock and (step_price or example_price):
+    if wall_clock and (step_price, example_price) != (None, None):
         raise ValueError("--wall-clock takes its prices from the log: drop the others")
+    if (schedule or snippet) and largest_microbatch and not microbatch:
+        raise ValueError(
+            "--largest-microbatch is for one batch, and a warm-up keeps its microbatch: give that "
+            "as --microbatch"
+        )
     there = log.header.get("world_size") or 1
     layout = {
         "microbatch": microbatch or log.header.get("microbatch"),
@@ -212,7 +217,7 @@ def advise(
         console.print(Text(f"{line}\n"))
     else:
         goal = Goal(**limits, step_price=step_price, example_price=example_price)
-    optimizer = optimizer or next(iter(log.header.get("optimizer") or []), None)
+    optimizer = optimizer or " and ".join(log.header.get("optimizer") or [])
     words = advise_on(
         reading,
         present=batch_size,
@@ -225,7 +230,8 @@ def advise(
     )
     console.print(Text(str(words)))
     if curve:
-        console.print(Text(), curve_table(words))
+        table = curve_table(words) if words.curve() else "No curve without a noise scale."
+        console.print(Text(), table)
     if plot is not None:
         from gnsmon.plots import plot_curve
 

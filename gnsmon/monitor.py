@@ -665,7 +665,7 @@ class Monitor:
             present=reading.examples,
             microbatch=last.microbatch,
             world_size=self._ranks.size,
-            optimizer=_named(self._optimizers[0]) if self._optimizers else None,
+            optimizer=" and ".join(map(_named, self._optimizers)),
             in_metric=self.readings.get(named(reading.method)),
             tokens_per_example=reading.tokens / reading.examples if reading.tokens else None,
             **asked,

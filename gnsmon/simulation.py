@@ -82,7 +82,7 @@ def gradients(b_simple: float, *, d_eff: int = 100, dimension: int | None = None
     noise: Array = np.ones(1)
     directions: Array = np.array([float(d_eff)])
     if dimension > d_eff:
-        edges = np.unique(np.geomspace(1, dimension + 1, LEVELS + 1).round())
+        edges = np.unique(np.geomspace(1, dimension + 1.0, LEVELS + 1).round())
         directions = np.diff(edges)
         noise = _power_law(np.sqrt(edges[1:] * edges[:-1]), directions, d_eff)
     noise = noise / (noise @ directions)
@@ -210,13 +210,16 @@ class Outcome:
     bias: float  # of b_simple as read at the end of a run, relative, where it is read
     bias_error: float  # standard error of `bias`
     error: float  # its relative standard deviation over the runs; both NaN where it is read in < 2
-    coverage: float  # share of the 95 % intervals that hold the true b_simple
+    coverage: float  # share of the 95 % intervals that hold the true b_simple; NaN without any
+    intervals: int  # runs that have one
     statuses: dict[str, float]  # status -> share of the runs
 
     @property
     def coverage_error(self) -> float:
         """Binomial standard error of the coverage."""
-        return math.sqrt(self.coverage * (1 - self.coverage) / self.repeat)
+        if not self.intervals:
+            return math.nan
+        return math.sqrt(self.coverage * (1 - self.coverage) / self.intervals)
 
     def __rich__(self) -> RenderableType:
         return _page(self)
@@ -253,6 +256,7 @@ def simulate(
     error = float(point.std(ddof=1)) if len(point) > 1 else math.nan
     high = np.where(np.isnan(ratios.high), math.inf, ratios.high)
     found = [ratio.status for ratio in ratios]
+    holds = ((ratios.low <= of.b_simple) & (of.b_simple <= high))[~np.isnan(ratios.low)]
     g, s = (_moment(*sums[:, i], count=steps * repeat) for i in range(2))
     return Outcome(
         of=of,
@@ -266,7 +270,8 @@ def simulate(
         bias=float(point.mean()) if len(point) > 1 else math.nan,
         bias_error=error / math.sqrt(len(point)) if len(point) > 1 else math.nan,
         error=error,
-        coverage=float(np.mean((ratios.low <= of.b_simple) & (of.b_simple <= high))),
+        coverage=float(holds.mean()) if len(holds) else math.nan,
+        intervals=len(holds),
         statuses={status: found.count(status) / repeat for status in dict.fromkeys(found)},
     )
 
@@ -309,10 +314,15 @@ def _page(outcome: Outcome) -> RenderableType:
     )
     read = sum(seen.statuses.get(status, 0.0) for status in ("ok", "wide"))
     some = "" if read == 1 else f" (Its row is of the {read:.1%} of runs that read a number.)"
+    held = (
+        "No run has an interval."
+        if not seen.intervals
+        else f"Its 95 % interval holds the truth in {seen.coverage:.1%} ± "
+        f"{seen.coverage_error:.1%} of the runs that have one."
+    )
     foot = (
         f"\nb_simple is read from averages over {seen.n_eff:.4g} steps: {_share(seen.error)} "
-        f"(one step's is that times their root). Its 95 % interval holds the truth in "
-        f"{seen.coverage:.1%} ± {seen.coverage_error:.1%} of the runs. Status: {statuses}.{some}"
+        f"(one step's is that times their root). {held} Status: {statuses}.{some}"
     )
     return Group(head, table, foot)
 

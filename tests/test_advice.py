@@ -68,9 +68,15 @@ def test_extra_steps_and_examples_are_reciprocal():
     [
         ("AdamW", 2.0),
         ("Lion", 2.0),
+        ("Adagrad", 2.0),
         ("SGD", 2.5),
         ("SGD with momentum 0.9", 2.5),
         ("Muon", None),
+        ("Muon with momentum 0.95", None),
+        ("LARS with momentum 0.9", None),  # of no known rule, which momentum does not change
+        ("SGDP with momentum 0.9", 2.5),
+        ("momentum", 2.5),
+        ("AdamW and Muon", None),
         (None, None),
     ],
 )
@@ -120,6 +126,31 @@ def test_a_batch_too_small_for_the_layout():
     assert (a.batch_size, a.accumulation) == (1024, 1)
     assert any("shrink the microbatch" in c for c in a.caveats)
     assert advise(reading(), present=1024, microbatch=1024).batch_size == 1024
+
+
+@pytest.mark.parametrize(
+    ("layout", "goal", "words"),
+    [
+        ({"world_size": 48}, None, "48 is the smallest batch of this layout: take fewer workers"),
+        ({"world_size": 48, "largest_microbatch": 16}, None, "take fewer workers"),
+        ({"microbatch": 16}, Goal(data_overhead=0.2), "shrink the microbatch"),
+        ({}, None, None),
+    ],
+)
+def test_what_makes_a_smaller_batch_possible(layout, goal, words):
+    small = (
+        reading(b_simple=0.6, low=0.5, high=0.7)
+        if goal is None
+        else reading(b_simple=40.0, low=30.0, high=50.0)
+    )
+    said = text(advise(small, present=1024, goal=goal, **layout))
+    assert words in said if words else "smallest batch" not in said
+
+
+def test_a_kept_batch_says_for_what():
+    assert "Keep the batch at 64 examples. For at most 0.25 times" in text(
+        advise(reading(), goal=Goal(data_overhead=0.25))
+    )
 
 
 def test_a_lower_bound_far_above_the_present_batch_is_worth_growing_to():
@@ -300,6 +331,12 @@ def test_the_curve_has_the_present_and_the_suggested_batch():
 )
 def test_layouts_by_hand(layout, target, split):
     assert layout.nearest(target) == split
+
+
+def test_a_kept_batch_is_not_rounded():
+    a = advise(reading(), present=202, largest_microbatch=25, powers_of_two=False)
+    assert (a.batch_size, a.microbatch, a.accumulation) == (202, 2, 101)
+    assert "Keep the batch at 202" in text(a)
 
 
 def test_a_split_is_of_the_batch_that_it_names():

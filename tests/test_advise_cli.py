@@ -91,6 +91,17 @@ def test_step_times_leave_out_where_the_batch_changed(run):
     assert seconds.tolist() == pytest.approx([0.1 if n == 64 else 0.15 for n in examples])
 
 
+def test_step_times_leave_out_where_the_clock_was_set_back(tmp_path, monkeypatch):
+    now = iter([0.0, 1.0, 2.0, -50.0, -49.0])
+    monkeypatch.setattr(module.time, "time", lambda: next(now))
+    log = Jsonl(tmp_path / "gns.jsonl")
+    log.start({}, 0)
+    for step in range(0, 40, 10):
+        log(replace(FIRST, step=step))
+    log.close()
+    assert read_log(tmp_path).step_times()[1].tolist() == pytest.approx([0.1, 0.1])
+
+
 def test_the_curve(run, capsys):
     words = said(capsys, run, "--curve")
     assert "batch steps examples" in words
@@ -130,6 +141,33 @@ def test_mistakes(run, capsys):
     )
     assert "one of loop, lightning, hf" in refused(capsys, run, "--snippet", "keras")
     assert "multiple of 16" in refused(capsys, run, "--snippet", "loop", "--start", 20)
+
+
+def test_a_warm_up_keeps_its_microbatch(run, capsys):
+    arguments = ("--snippet", "loop", "--largest-microbatch", 32)
+    assert "give that as --microbatch" in refused(capsys, run, *arguments)
+    assert "(0, 64, 2, 1)," in said(capsys, run, *arguments, "--microbatch", 32)
+
+
+def test_of_several_optimizers_none_is_passed_over(run, capsys):
+    log = run / "gns.jsonl"
+    log.write_text(log.read_text().replace('"optimizer":["SGD"]', '"optimizer":["AdamW","Muon"]'))
+    words = said(capsys, run)
+    assert "spectral norm" in words
+    assert "learning rate times" not in words
+
+
+def test_a_folder_is_no_file_to_write(run, capsys):
+    assert "Is a directory" in refused(capsys, run, "--schedule", run)
+
+
+def test_no_curve_without_a_noise_scale(run, capsys):
+    log = Jsonl(run / "gns.jsonl")
+    log.start({}, 2000)
+    values = {"status": "undefined", "b_simple": None, "low": None, "high": None, "reason": "none"}
+    log(replace(FIRST, step=2000, **values))
+    log.close()
+    assert "No curve without a noise scale." in said(capsys, run, "--curve")
 
 
 def test_a_log_of_one_batch_size_says_so(run, capsys):

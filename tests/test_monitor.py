@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -227,6 +228,21 @@ def test_two_optimizers_make_one_reading_a_step():
             assert_right(gns, model, batch)
         assert [r.step for r in readings] == [0, 1]
         assert not gns.skipped
+
+
+def test_the_advice_is_for_all_optimizers():
+    """A matrix's Muon beside the others' AdamW: no rule for the rate holds for both."""
+    model, _, batch = make()
+    muon = type("Muon", (torch.optim.SGD,), {})(model.up.parameters(), lr=0.0)
+    others = [p for n, p in model.named_parameters() if "up" not in n]
+    with watch(model, [torch.optim.AdamW(others, lr=0.0), muon]) as gns:
+        loss_of(model, batch).backward()
+        for optimizer in gns._optimizers:
+            optimizer.step()
+        reading = replace(gns.reading, status="ok", b_simple=1e4, low=9e3, high=2e4)
+        advice = gns._advise(reading)
+    assert advice.batch_size > advice.present
+    assert advice.learning_rate_factor is None
 
 
 def test_without_an_optimizer_commit_ends_the_step():

@@ -7,6 +7,7 @@ from itertools import count, islice
 import pytest
 import torch
 from torch import nn
+from torch.optim import lr_scheduler
 
 import gnsmon
 from gnsmon.advice import BatchSizeSchedule, Goal, StepTime, export, planned
@@ -93,6 +94,14 @@ def test_a_resumed_run_goes_on():
         if step == 16:
             second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert whole.stages == second.stages
+
+
+def test_a_monitor_that_counts_anew_is_refused():
+    """Else its readings would count for nothing until it had caught up."""
+    schedule = BatchSizeSchedule(64)
+    schedule.update(reading(500))
+    with pytest.raises(ValueError, match="after step 500, got step 9; .* state_dict"):
+        schedule.update(reading(9))
 
 
 @pytest.mark.parametrize(
@@ -202,9 +211,44 @@ def test_the_snippet_for_a_plain_loop():
     assert optimizer.taken == pytest.approx([factor for _, factor in want])
 
 
-@pytest.mark.filterwarnings("ignore:The .train_dataloader. does not have many workers")
-@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
-def test_the_snippet_for_lightning(tmp_path):
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda o: lr_scheduler.LambdaLR(o, lambda step: min(1, (step + 1) / 10)),
+        lambda o: lr_scheduler.CosineAnnealingLR(o, 40),
+        lambda o: lr_scheduler.OneCycleLR(o, 1.0, total_steps=60),
+        lambda o: lr_scheduler.CyclicLR(o, 0.1, 1.0, cycle_momentum=False),
+        lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=3),
+        lambda o: lr_scheduler.SequentialLR(
+            o, [lr_scheduler.LinearLR(o, 0.1, 1.0, 5), lr_scheduler.LambdaLR(o, lambda _: 1.0)], [5]
+        ),
+        lambda o: lr_scheduler.ChainedScheduler(
+            [lr_scheduler.LinearLR(o, 0.1, 1.0, 5), lr_scheduler.ExponentialLR(o, 0.9)]
+        ),
+    ],
+    ids=["lambda", "cosine", "one_cycle", "cyclic", "plateau", "sequential", "chained"],
+)
+def test_a_schedulers_rates_go_along(made):
+    names = {}
+    exec(export.snippet(STAGES, "loop").partition("\nexamples, now")[0], names)
+
+    def rates(factor):
+        optimizer, before = Recorder([nn.Parameter(torch.zeros(()))], lr=1.0), 1.0
+        scheduler = made(optimizer)
+        for step in range(25):
+            names["rescale"](factor(step) / before, optimizer, scheduler)
+            before = factor(step)
+            optimizer.step()
+            plateau = isinstance(scheduler, lr_scheduler.ReduceLROnPlateau)
+            scheduler.step(1.0) if plateau else scheduler.step()
+        return optimizer.taken
+
+    own, along = rates(lambda step: 1.0), rates(lambda step: 2.0 if step >= 8 else 1.0)
+    want = [rate * (2 if step >= 8 else 1) for step, rate in enumerate(own)]
+    assert along == pytest.approx(want)
+
+
+def lightning_run(folder, steps, resume=None):
     lightning = pytest.importorskip("lightning.pytorch")
     optimizers = []
 
@@ -223,7 +267,7 @@ def test_the_snippet_for_lightning(tmp_path):
 
     names = {}
     exec(export.snippet(STAGES, "lightning"), names)
-    module, steps = Module(), 20
+    module = Module()
     data = torch.utils.data.TensorDataset(torch.randn(4 * 1000, 3))
     trainer = lightning.Trainer(
         max_steps=steps,
@@ -232,11 +276,22 @@ def test_the_snippet_for_lightning(tmp_path):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        default_root_dir=tmp_path,
+        default_root_dir=folder,
         accelerator="cpu",
     )
-    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=4))
-    assert_follows(module.seen, optimizers[0].taken, steps)
+    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=4), ckpt_path=resume)
+    trainer.save_checkpoint(folder / f"{steps}.ckpt")
+    return module.seen, optimizers[0].taken
+
+
+@pytest.mark.filterwarnings("ignore:The .train_dataloader. does not have many workers")
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+def test_the_snippet_for_lightning(tmp_path):
+    seen, rates = lightning_run(tmp_path, 20)
+    assert_follows(seen, rates, 20)
+    first, second = lightning_run(tmp_path, 10), lightning_run(tmp_path, 20, tmp_path / "10.ckpt")
+    assert (first[0] + second[0], first[1] + second[1]) == (seen, rates)
 
 
 def assert_follows(seen, rates, steps):
@@ -250,7 +305,7 @@ def assert_follows(seen, rates, steps):
     assert abs(sum(batches) - sum(n for n, _ in want[:steps])) <= 64
 
 
-def test_the_snippet_for_hugging_face(tmp_path):
+def hugging_face_run(folder, steps, resume=None, accumulation=2, microbatches=41):
     transformers = pytest.importorskip("transformers")
     seen = []
 
@@ -263,28 +318,44 @@ def test_the_snippet_for_hugging_face(tmp_path):
             seen.append((trainer.state.global_step, len(x)))
             return {"loss": self.layer(x).sum()}
 
-    names, steps, model = {}, 20, Model()
+    names, model = {}, Model()
     exec(export.snippet(STAGES, "hf"), names)
     optimizer = Recorder(model.parameters(), lr=1.0)
     constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    data = [{"x": torch.randn(3), "labels": 0} for _ in range(4 * microbatches)]
     trainer = transformers.Trainer(
         model,
         transformers.TrainingArguments(
-            output_dir=tmp_path,
+            output_dir=folder,
             max_steps=steps,
             per_device_train_batch_size=4,
-            gradient_accumulation_steps=2,
+            gradient_accumulation_steps=accumulation,
             report_to=[],
             use_cpu=True,
-            save_strategy="no",
+            save_steps=10,
             disable_tqdm=True,
+            ignore_data_skip=resume is not None,
         ),
-        train_dataset=[{"x": torch.randn(3), "labels": 0} for _ in range(4 * 300)],
+        train_dataset=torch.utils.data.ConcatDataset([data] * 10),
         callbacks=[names["BatchWarmup"]()],
         optimizers=(optimizer, constant),
     )
-    trainer.train()
-    assert_follows(seen, optimizer.taken, steps)
+    trainer.train(resume_from_checkpoint=resume)
+    return seen, optimizer.taken
+
+
+def test_the_snippet_for_hugging_face(tmp_path):
+    seen, rates = hugging_face_run(tmp_path, 20)
+    assert_follows(seen, rates, 20)
+    second = hugging_face_run(tmp_path, 20, str(tmp_path / "checkpoint-10"))
+    assert second[1] == pytest.approx([factor for _, factor in expected(20)][10:])
+    batches = [sum(n for at, n in second[0] if at == step) for step in range(10, 20)]
+    assert batches == [batch for batch, _ in expected(20)][10:]
+
+
+def test_the_trainer_counts_by_the_accumulation_of_the_first_stage(tmp_path):
+    with pytest.raises(ValueError, match="gradient_accumulation_steps: expected 2"):
+        hugging_face_run(tmp_path, 20, accumulation=8)
 
 
 def test_snippets_refuse_what_they_cannot_say():
@@ -313,6 +384,8 @@ def test_the_line_through_the_step_times():
         ([], [], "there is none"),
         ([8, 8], [0.1, 0.2], "all have 8 examples"),
         ([8, 16], [0.2, 0.1], "took no longer"),
+        ([64, 128], [0.1, 0.1], "took no longer"),
+        ([64, 128], [0.1, 0.1 + 1e-16], "took no longer"),
     ],
 )
 def test_times_that_say_nothing(examples, seconds, words):

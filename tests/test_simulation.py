@@ -157,6 +157,24 @@ def test_runs_without_a_number_are_counted():
     assert f"of the {found.statuses.get('wide', 0):.1%} of runs" in captured.get()
 
 
+def test_a_run_without_an_interval_is_no_miss_of_one():
+    few = simulate(gradients(100), b_big=64, steps=5, repeat=10)
+    assert few.statuses == {"undefined": 1.0}
+    assert np.isnan([few.coverage, few.coverage_error]).all()
+    console = Console(width=200, no_color=True)
+    with console.capture() as captured:
+        console.print(few)
+    assert "No run has an interval." in captured.get()
+    some = simulate(gradients(100, d_eff=1), b_big=2, steps=200, repeat=400)
+    assert 0 < some.intervals < 400
+    share = some.coverage * some.intervals
+    assert share == pytest.approx(round(share))
+
+
+def test_very_many_directions():
+    assert gradients(10, d_eff=20, dimension=10**24).d_eff == pytest.approx(20)
+
+
 def test_the_page_tells_the_steps_needed():
     console = Console(width=120, no_color=True)
     with console.capture() as captured:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from gnsmon.advice.goal import Goal, examples_factor, steps_factor
 from gnsmon.advice.layout import Layout, Split
-from gnsmon.advice.optimizers import ANISOTROPIC, family_of
+from gnsmon.advice.optimizers import ADAPTIVE, ANISOTROPIC, family_of
 from gnsmon.estimators.values import Reading, Status
 
 PROXIES = {
@@ -203,7 +203,7 @@ def advise(
         examples=examples_factor(size, b) / examples_factor(batch, b) if b and size else None,
         cost=_cost_factor(goal, batch, size, b),
         learning_rate_factor=family.rate(batch, size, b) if size and family else None,
-        caveats=tuple(_caveats(reading, batch, size, layout, optimizer, in_metric)),
+        caveats=tuple(_caveats(reading, batch, size, goal, layout, optimizer, in_metric)),
         reason=reading.reason,
         b_simple=b,
         microbatch=found.microbatch if found else microbatch,
@@ -250,6 +250,7 @@ def _caveats(
     reading: Reading,
     present: int,
     size: int | None,
+    goal: Goal,
     layout: Layout,
     optimizer: str | None,
     in_metric: Reading | None,
@@ -278,8 +279,10 @@ def _caveats(
         )
     if size is not None and size % unit:
         caveats.append(f"{size} is no multiple of the smallest batch of this layout, {unit}")
-    if size is not None and size == unit and size > math.sqrt(2) * (reading.high or math.inf):
-        caveats.append(f"{unit} is the smallest batch of this layout: shrink the microbatch")
+    most = math.inf if reading.high is None else math.sqrt(2) * goal.batch_size(reading.high)
+    if size is not None and size == unit and size > max(most, 1):
+        remedy = "shrink the microbatch" if unit > layout.world_size else "take fewer workers"
+        caveats.append(f"{unit} is the smallest batch of this layout: {remedy}")
     if size is not None and size != present and family is not None and family.has_beta2:
         caveats.append(
             f"keep Adam's half-lives in tokens: raise beta2 to the power {size / present:.3g}"
@@ -287,7 +290,7 @@ def _caveats(
     if reading.status != "undefined":
         caveats.append(ANISOTROPIC)
         if family is not None and family.caveat:
-            caveats.append(family.caveat + _beside(in_metric) * family.has_beta2)
+            caveats.append(family.caveat + _beside(in_metric) * (family.caveat == ADAPTIVE))
     return caveats
 
 

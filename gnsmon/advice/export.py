@@ -59,15 +59,19 @@ def snippet(stages: Sequence[Stage], loop: Loop) -> str:
 
 COMMON = """
 
+RATES = {"lr", "initial_lr", "max_lr", "min_lr", "base_lrs", "max_lrs", "min_lrs"}
+
+
 def stage(examples):
     return [s for s in STAGES if s[0] <= examples][-1]
 
 
 def rescale(ratio, optimizer, *schedulers):
-    for group in optimizer.param_groups:
-        group["lr"] *= ratio
-    for scheduler in schedulers:
-        scheduler.base_lrs = [rate * ratio for rate in scheduler.base_lrs]
+    parts = [part for s in schedulers for part in getattr(s, "_schedulers", [s])]
+    for rates in (*optimizer.param_groups, *map(vars, parts)):
+        for name in RATES & rates.keys():
+            old = rates[name]
+            rates[name] = [r * ratio for r in old] if isinstance(old, list) else old * ratio
 
 """
 SNIPPETS: dict[str, str] = {
@@ -89,18 +93,36 @@ class BatchWarmup(lightning.pytorch.Callback):
     def on_train_batch_start(self, trainer, module, batch, index):
         now = stage(self.examples)
         if index % now[2] == 0:  # a step begins where the count divides the index
-            trainer.accumulate_grad_batches = now[2]
             schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
             for optimizer in trainer.optimizers:
                 rescale(now[3] / self.now[3], optimizer, *schedulers)
             self.now = now
+        trainer.accumulate_grad_batches = self.now[2]
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index):
         self.examples += self.now[1] // self.now[2]
+
+    def state_dict(self):
+        return {"examples": self.examples, "now": self.now}
+
+    def load_state_dict(self, state):
+        self.examples, self.now = state["examples"], state["now"]
 """,
     "hf": """
-class BatchWarmup(transformers.TrainerCallback):  # give max_steps=: epochs are counted before
+# The Trainer counts epochs, and what a resumed run skips, by the accumulation that it is given.
+# So give it gradient_accumulation_steps= of the first stage, max_steps=, all passes over the data
+# in one (torch.utils.data.ConcatDataset([data] * passes)), and ignore_data_skip=True to resume.
+class BatchWarmup(transformers.TrainerCallback, transformers.trainer_callback.ExportableState):
     examples, microbatches, now = 0, 0, STAGES[0]
+
+    def state(self):
+        return {"args": {}, "attributes": {"examples": self.examples, "now": self.now}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.gradient_accumulation_steps != STAGES[0][2]:
+            raise ValueError(f"gradient_accumulation_steps: expected {STAGES[0][2]}, see above")
+        saved = state.stateful_callbacks.get("BatchWarmup", self.state())  # of a resumed run
+        self.examples, self.now = saved["attributes"].values()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.microbatches = 0
@@ -117,8 +139,8 @@ class BatchWarmup(transformers.TrainerCallback):  # give max_steps=: epochs are 
     def follow(self, args, optimizer=None, lr_scheduler=None, **kwargs):
         now = stage(self.examples)
         if self.microbatches % now[2] == 0:  # a step begins where the count divides
-            args.gradient_accumulation_steps = now[2]
             rescale(now[3] / self.now[3], optimizer, lr_scheduler)
             self.now = now
+        args.gradient_accumulation_steps = self.now[2]
 """,
 }

@@ -47,17 +47,22 @@ class Layout:
         return self.world_size * (self.microbatch if fixed and self.microbatch else 1)
 
     def nearest(self, target: float) -> Split:
-        """The batch that is nearest to `target` examples, in ratio if by powers of two."""
+        """The batch that is nearest to `target` examples, in ratio if by powers of two.
+
+        With a limit on the microbatch and without powers of two it is a multiple of the
+        fewest microbatches that fit.
+        """
         times = max(target / self.unit, 1.0)
-        count = 2 ** round(math.log2(times)) if self.powers_of_two else round(times)
-        return self.split(count * self.unit)
+        if self.powers_of_two:
+            return self.split(2 ** round(math.log2(times)) * self.unit)
+        each = round(times)
+        if self.largest_microbatch is not None:
+            fewest = math.ceil(each / self.largest_microbatch)
+            each = round(each / fewest) * fewest
+        return self.split(each * self.unit)
 
     def split(self, batch_size: int) -> Split:
-        """A batch as workers and microbatches make it.
-
-        With a limit on the microbatch and without powers of two the batch is rounded to a multiple
-        that splits equally.
-        """
+        """This very batch, as workers and microbatches make it."""
         if batch_size % self.unit:
             return Split(batch_size, self.microbatch, None)
         each = batch_size // self.world_size
@@ -65,8 +70,6 @@ class Layout:
             known = self.microbatch is not None
             return Split(batch_size, self.microbatch, batch_size // self.unit if known else None)
         accumulation = math.ceil(each / self.largest_microbatch)
-        if self.powers_of_two:
-            while each % accumulation:
-                accumulation += 1
-        microbatch = round(each / accumulation)
-        return Split(self.world_size * microbatch * accumulation, microbatch, accumulation)
+        while each % accumulation:
+            accumulation += 1
+        return Split(batch_size, each // accumulation, accumulation)

@@ -36,6 +36,11 @@ ANISOTROPIC = (
     "b_simple takes the Hessian as a multiple of the identity and a learning rate near its best"
 )
 
+ADAPTIVE = (
+    "an optimizer that divides by the gradient's size has another noise scale, which may differ by "
+    "an order of magnitude"
+)
+
 # The first whose word is in the name; "momentum" is before "sgd", "sign" before "adam".
 FAMILIES = (
     Family(
@@ -55,12 +60,12 @@ FAMILIES = (
     ),
     Family(
         "Adam",
-        ("adam", "lamb", "rmsprop", "adafactor", "adagrad", "sophia"),
+        ("adam", "lamb", "rmsprop", "adafactor", "sophia"),
         _root_rate,
         has_beta2=True,
-        caveat="an optimizer that divides by the gradient's size has another noise scale, which "
-        "may differ by an order of magnitude",
+        caveat=ADAPTIVE,
     ),
+    Family("Adagrad", ("adagrad",), _root_rate, caveat=ADAPTIVE),  # it forgets nothing
     Family(
         "momentum",
         ("momentum", "nesterov"),
@@ -73,6 +78,11 @@ FAMILIES = (
 
 
 def family_of(optimizer: str | None) -> Family | None:
-    """The family of an optimizer's class, or of what it is called; None if it is not known."""
+    """The family of an optimizer's class, or of what it is called; None if it is not known.
+
+    Of several, joined by "and", that of which the least is known.
+    """
     name = (optimizer or "").lower()
+    if "sgd" not in name:  # another one's momentum makes no SGD of it
+        name = name.partition(" with momentum")[0]
     return next((f for f in FAMILIES if any(word in name for word in f.words)), None)

@@ -126,9 +126,18 @@ class BatchSizeSchedule:
         return self.stages[-1].learning_rate_factor
 
     def update(self, reading: Known | None) -> bool:
-        """Whether the batch has grown; without a reading, or at one seen before, it does not."""
-        if reading is None or reading.step <= self._last_step:
+        """Whether the batch has grown; without a reading, or at one seen before, it does not.
+
+        Raises:
+            ValueError: at a reading from before the last one.
+        """
+        if reading is None or reading.step == self._last_step:
             return False
+        if reading.step < self._last_step:
+            raise ValueError(
+                f"reading: expected one after step {self._last_step}, got step {reading.step}; "
+                "after a restart load the monitor's state_dict too, so that it counts on"
+            )
         self._last_step = reading.step
         now = self.stages[-1]
         return self._consider(reading, self._seen(reading.step + 1, now))

@@ -165,11 +165,12 @@ class Log:
     def step_times(self) -> tuple[Array, Array]:
         """Examples and seconds of a step, between any two readings at one batch size.
 
-        With what else was done in between, such as validation: of many the median counts.
+        With what else was done in between, such as validation: of many the median counts. Not where
+        the clock was set back.
         """
         rows = self.of()
         steps, wall, examples = (rows[name] for name in ("step", "wall", "examples"))
-        alike = (np.diff(examples) == 0) & (np.diff(steps) > 0)
+        alike = (np.diff(examples) == 0) & (np.diff(steps) > 0) & (np.diff(wall) >= 0)
         seconds = np.diff(wall)[alike] / np.diff(steps)[alike]
         return examples[1:][alike].astype(float), seconds
 
