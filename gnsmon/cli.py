@@ -280,7 +280,9 @@ def check(
 
 @app.command()
 def simulate(
-    b_simple: Annotated[float, typer.Option(help="The true noise scale, in examples.")] = 100,
+    b_simple: Annotated[
+        float, typer.Option(min=1e-9, max=1e12, help="The true noise scale, in examples.")
+    ] = 100,
     b_big: Annotated[int, typer.Option(help="Examples in a step.")] = 64,
     b_small: Annotated[int, typer.Option(help="Examples in each of its parts.")] = 1,
     d_eff: Annotated[int, typer.Option(help="Directions that the noise comes to.")] = 100,

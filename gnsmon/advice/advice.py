@@ -138,11 +138,12 @@ class Advice:
         return f"{layout}, {rate}." if layout else f"Set: {rate}."
 
     def _size(self, examples: float | None) -> str:
+        count = "1 example" if examples == 1 else f"{_number(examples)} examples"
         if examples is None or self.tokens_per_example is None:
-            return f"{_number(examples)} examples"
+            return count
         tokens = examples * self.tokens_per_example
         exact = isinstance(examples, int) and tokens == int(tokens)
-        return f"{_number(examples)} examples ({_number(int(tokens) if exact else tokens)} tokens)"
+        return f"{count} ({_number(int(tokens) if exact else tokens)} tokens)"
 
 
 def advise(
