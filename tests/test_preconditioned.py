@@ -361,6 +361,31 @@ def test_parameters_without_a_second_moment_are_named():
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_several_optimizers_are_read_once_all_have_stepped(order):
+    model, batches = language(tied=False)
+    head = adamw(model.head)
+    body = torch.optim.AdamW([p for p in model.parameters() if p is not model.head.weight])
+    with watch(model, [body, head], **BOTH) as gns:
+        for step, batch in enumerate(batches):
+            examples = gradients(model, split(batch, [1] * B), [1 / B] * B)
+            micro = gradients(model, split(batch, SIZES), [n / B for n in SIZES])
+            metric = {}
+            for name, p in model.named_parameters() if step else ():
+                own = head if p is model.head.weight else body
+                found = own.state[p]["exp_avg_sq"] / (1 - 0.999**step)
+                metric[name] = (found > 0) / (found.sqrt() + own.defaults["eps"])
+            model.zero_grad()
+            for part in split(batch, SIZES):
+                (loss(model, part) * len(part[0]) / B).backward()
+            for optimizer in (body, head)[::order]:
+                optimizer.step()
+            if step:
+                assert_raw(gns, WHOLE, micro, metric, sum(n**2 for n in SIZES) / B**2)
+                rank_one = {name: factored(p) for name, p in metric.items()}
+                assert_raw(gns, FACTORED, examples, rank_one, 1 / B)
+
+
 def test_an_optimizer_that_never_has_a_state_is_told_of():
     class Plain(torch.optim.SGD):
         pass
