@@ -720,7 +720,8 @@ class Monitor:
                 )
         # Before its first step an optimizer never has a state; twice is worth a word.
         elif self.skipped[skipped.reason] == 1 + (skipped.reason == NO_STATE):
-            self.warn(f"step {self.step} is not measured: {skipped.detail}")
+            beside = "" if method.name in self.config.method else " in the optimizer's metric"
+            self.warn(f"step {self.step} is not measured{beside}: {skipped.detail}")
 
     def _tell_missing(self, method: Method, missing: Mapping[str, str]) -> None:
         """Warn of parameters that are left out, once of each."""

@@ -11,6 +11,7 @@ from cases import energy
 from ranks_worker import in_processes
 from test_monitor import VOCABULARY, B, Dropping, T, Tiny, loss_of, split, watch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 from typer.testing import CliRunner
 
@@ -592,3 +593,26 @@ def on_ranks(rank):
 
 def test_ranks(tmp_path):
     in_processes(on_ranks, folder=tmp_path)
+
+
+def on_shards(rank):
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).to(D)
+    fully_shard(model)
+    optimizer = adamw(model)
+    settings = {"method": ["pepgns", "ranks"], "preconditioned": True, "diagnostics": True}
+    said = "not measured in the optimizer's metric: 0.weight: its optimizer's second moment is in"
+    with pytest.warns(RuntimeWarning, match=said), watch(model, optimizer, **settings) as gns:
+        for step in range(3):
+            optimizer.zero_grad()
+            energy(model, torch.randn(B, 4, dtype=D)).backward()
+            optimizer.step()
+            assert {method: reading.step for method, reading in gns.readings.items()} == {
+                "pepgns": step,
+                "ranks": step,
+            }
+            assert gns.health.step == step
+        assert gns.skipped == {NO_STATE: 1, "no metric": 2}
+
+
+def test_shards_have_no_metric_and_all_else(tmp_path):
+    in_processes(on_shards, folder=tmp_path)

@@ -218,8 +218,10 @@ class Preconditioner:
         if not (np.isfinite(big).all() and np.isfinite(parts).all()):
             return Skipped("nonfinite", "the gradient in the metric is infinite or undefined")
         if not big.any():
-            whys = list(reasons.values())
-            return Skipped("no metric", whys[0]) if whys and NO_MOMENT not in whys else NOTHING_YET
+            if not reasons or NO_MOMENT in reasons.values():
+                return NOTHING_YET
+            name, why = next(iter(reasons.items()))
+            return Skipped("no metric", f"{name}: {why}")
         return replace(left, big_sq_norm=big, parts_sq_norm=parts, parts_variance=None)
 
 
