@@ -18,7 +18,6 @@ from gnsmon.estimators.pairs import (
     ratio_interval_of_either_sign,
 )
 from gnsmon.estimators.values import Array, Status
-from gnsmon.norms.contractions import wider
 from gnsmon.part_gradients import (
     Loss,
     Vector,
@@ -27,6 +26,7 @@ from gnsmon.part_gradients import (
     hessian_product,
     inner,
     trainable,
+    zeros,
 )
 
 MIN_PARTS = 3  # of which one is left out at a time, and two make an estimate
@@ -172,8 +172,7 @@ def _products(
         w = float(weights[j])
         return [w * grad for grad in gradient(model, loss, parts[j], seed=seed + j)]
 
-    # A sum of many parts in half precision comes to rest before its end.
-    whole: Vector = [torch.zeros_like(p, dtype=wider(p.dtype)) for p in trainable(model).values()]
+    whole = zeros(trainable(model).values())
     for j in range(len(parts)):
         whole = [g.add_(u) for g, u in zip(whole, part(j), strict=True)]
     plain, curved = [], []

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from gnsmon.collectors.groups import Groups, group_of
 from gnsmon.estimators.pairs import agreement, agreement_without_each, delete_one
 from gnsmon.estimators.values import Array
-from gnsmon.norms.contractions import wide, wider
-from gnsmon.part_gradients import Loss, count_examples, gradient, inner_of, trainable
+from gnsmon.norms.contractions import wide
+from gnsmon.part_gradients import Loss, count_examples, gradient, inner_of, trainable, zeros
 
 KINDS = ("cosine", "sign", "spectral")
 Steps = dict[str, dict[str, Tensor]]  # kind -> parameter -> what its optimizer would step
@@ -132,7 +132,7 @@ def alignment(
 
     def steps() -> Iterator[Steps]:
         for i in range(count):
-            half = {name: torch.zeros_like(p, dtype=wider(p.dtype)) for name, p in of.items()}
+            half = dict(zip(of, zeros(of.values()), strict=True))
             for j in range(i * per_half, (i + 1) * per_half):
                 part = gradient(model, loss, chosen[j], seed=seed + j)
                 for mean, g in zip(half.values(), part, strict=True):

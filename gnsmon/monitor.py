@@ -430,6 +430,8 @@ class Monitor:
                 raise ValueError(
                     f"method {method!r} is not in the saved state, which has "
                     f"{list(state['estimators'])}; start afresh to add a method"
+                    + ", or leave preconditioned off"
+                    * (method not in self.config.method)
                 )
         for method, estimator in self._estimators.items():
             estimator.load_state_dict(state["estimators"][method])

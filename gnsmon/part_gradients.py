@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gnsmon.collectors.shards import is_sharded
-from gnsmon.norms.contractions import wide
+from gnsmon.norms.contractions import wide, wider
 from gnsmon.norms.oracles import left_untouched, named_tensors
 
 Loss = Callable[[Any, Any], Tensor]
@@ -99,6 +99,11 @@ def hessian_product(
             )
         products = torch.autograd.grad(outputs, of, vectors, allow_unused=True)
     return _finite(_filled(products, of), "product with the Hessian")
+
+
+def zeros(of: Iterable[Tensor]) -> Vector:
+    """Where a sum begins, float32 or wider: one of many parts comes to rest in half precision."""
+    return [torch.zeros_like(p, dtype=wider(p.dtype)) for p in of]
 
 
 def inner(a: Vector, b: Vector) -> Tensor:

@@ -320,6 +320,13 @@ def test_the_log_and_the_report_have_both(tmp_path):
         again.load_state_dict(saved)
         accumulate(model, optimizer, batches[0])  # whose metric was there at attach
         assert again.readings[FACTORED].step == 24
+    with watch(model, optimizer, method="pepgns") as without:
+        plain = without.state_dict()
+    with (
+        watch(model, optimizer, method="pepgns", preconditioned=True) as later,
+        pytest.raises(ValueError, match="start afresh to add a method, or leave preconditioned"),
+    ):
+        later.load_state_dict(plain)
 
 
 # Where there is no metric.
