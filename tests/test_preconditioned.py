@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from gnsmon.cli import app
 from gnsmon.collectors.per_example import FACTORED, NOT_CROSSED
-from gnsmon.collectors.preconditioner import NO_STATE, Preconditioner, named
+from gnsmon.collectors.preconditioner import NO_MOMENT, NO_STATE, Preconditioner, named
 from gnsmon.norms.convolved import Convolved
 from gnsmon.norms.forms import Dense, Outer, Rows
 from gnsmon.norms.metric import Diagonal, Factored
@@ -394,6 +394,21 @@ def test_several_optimizers_are_read_once_all_have_stepped(order):
                 assert_raw(gns, FACTORED, examples, rank_one, 1 / B)
 
 
+def test_what_is_thawed_has_no_moment_at_first():
+    model, batches = language(tied=False)
+    model.up.requires_grad_(False)
+    optimizer = adamw(model)
+    with watch(model, optimizer, **BOTH) as gns:
+        accumulate(model, optimizer, batches[0])
+        model.up.requires_grad_(True)
+        accumulate(model, optimizer, batches[1])
+        for method in (FACTORED, WHOLE):
+            expected = dict.fromkeys(("up.weight", "up.bias"), NO_MOMENT)
+            assert gns.coverage(method).missing == expected
+        accumulate(model, optimizer, batches[2])
+        assert not gns.coverage(FACTORED).missing
+
+
 def test_an_optimizer_that_never_has_a_state_is_told_of():
     class Plain(torch.optim.SGD):
         pass
@@ -604,10 +619,11 @@ def test_ranks(tmp_path):
 
 def on_shards(rank):
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).to(D)
+    model[0].requires_grad_(False)
     fully_shard(model)
     optimizer = adamw(model)
     settings = {"method": ["pepgns", "ranks"], "preconditioned": True, "diagnostics": True}
-    said = "not measured in the optimizer's metric: 0.weight: its optimizer's second moment is in"
+    said = "not measured in the optimizer's metric: 2.weight: its optimizer's second moment is in"
     with pytest.warns(RuntimeWarning, match=said), watch(model, optimizer, **settings) as gns:
         for step in range(3):
             optimizer.zero_grad()

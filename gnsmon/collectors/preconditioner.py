@@ -161,9 +161,7 @@ class Preconditioner:
             for group in optimizer.param_groups
             for p in group["params"]
         }
-        for name, p in self._model.named_parameters():
-            if not p.requires_grad:
-                continue
+        for name, p in self._model.named_parameters():  # also of what is thawed before the step
             optimizer, group = held.get(id(p), (None, {}))
             if optimizer is None:
                 found: Tensor | str = FOREIGN
@@ -205,13 +203,13 @@ class Preconditioner:
         assert share.in_metric is not None
         big_sq_norm, known = share.in_metric
         unknown = {**self.missing, **(missing or {})}
+        trainable = {n for n, p in self._model.named_parameters() if p.requires_grad}
         reasons = {
             name: unknown.get(name, ELSEWHERE)
             for name, on in zip(names, known, strict=True)
-            if on < ranks and name not in norms.missing
+            if on < ranks and name in trainable and name not in norms.missing
         }
-        trainable = {n for n, p in self._model.named_parameters() if p.requires_grad}
-        left = norms.without({n: why for n, why in reasons.items() if n in trainable}, names)
+        left = norms.without(reasons, names)
         kept = np.array([name in trainable and name not in left.missing for name in names])
         big = np.where(kept, big_sq_norm, 0.0)
         parts = np.where(kept, parts_sq_norm, 0.0)
