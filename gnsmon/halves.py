@@ -95,7 +95,7 @@ def alignment(
     batches are, and the error is a delete-1 jackknife over the halves.
 
     It takes the gradient of each batch and the singular vectors of each half twice, and the memory
-    of five gradients. A monitor on the model takes no notice.
+    of five gradients, in float32 or wider. A monitor on the model takes no notice.
 
     Args:
         model: left as it is: gradients, buffers, random streams and modes.
