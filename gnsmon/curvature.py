@@ -26,6 +26,7 @@ from gnsmon.part_gradients import (
     hessian_product,
     inner,
     trainable,
+    zeros,
 )
 
 MIN_PARTS = 3  # of which one is left out at a time, and two make an estimate
@@ -102,9 +103,11 @@ def full_noise_scale(
             the seeds after those.
 
     Raises:
-        ValueError: on too few batches, a loss that is no scalar, or one that cannot be
-            differentiated twice.
+        ValueError: on too few batches, an impossible level, a loss that is no scalar, or one that
+            cannot be differentiated twice, or whose gradient is not finite.
     """
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a number between 0 and 1, got {level}")
     parts, for_h = _split(list(batches), hessian_batches)
     products = _products(model, loss, parts, for_h, seed)
     counts = np.array(count_examples(parts))
@@ -169,7 +172,7 @@ def _products(
         w = float(weights[j])
         return [w * grad for grad in gradient(model, loss, parts[j], seed=seed + j)]
 
-    whole: Vector = [torch.zeros_like(p) for p in trainable(model).values()]
+    whole = zeros(trainable(model).values())
     for j in range(len(parts)):
         whole = [g.add_(u) for g, u in zip(whole, part(j), strict=True)]
     plain, curved = [], []

@@ -14,7 +14,7 @@ from gnsmon.collectors.groups import Groups, group_of
 from gnsmon.estimators.pairs import agreement, agreement_without_each, delete_one
 from gnsmon.estimators.values import Array
 from gnsmon.norms.contractions import wide
-from gnsmon.part_gradients import Loss, count_examples, gradient, inner_of, trainable
+from gnsmon.part_gradients import Loss, count_examples, gradient, inner_of, trainable, zeros
 
 KINDS = ("cosine", "sign", "spectral")
 Steps = dict[str, dict[str, Tensor]]  # kind -> parameter -> what its optimizer would step
@@ -95,7 +95,7 @@ def alignment(
     batches are, and the error is a delete-1 jackknife over the halves.
 
     It takes the gradient of each batch and the singular vectors of each half twice, and the memory
-    of five gradients. A monitor on the model takes no notice.
+    of five gradients, in float32 or wider. A monitor on the model takes no notice.
 
     Args:
         model: left as it is: gradients, buffers, random streams and modes.
@@ -110,8 +110,8 @@ def alignment(
         seed: batch i draws its random numbers (dropout) from `seed + i`.
 
     Raises:
-        ValueError: on fewer than two halves, unequal batches, a loss that is no scalar, or an
-            unknown name in `spectral`.
+        ValueError: on fewer than two halves, unequal batches, a loss that is no scalar or whose
+            gradient is not finite, or an unknown name in `spectral`.
     """
     chosen = list(batches)
     count = len(chosen) // per_half if per_half > 0 else 0
@@ -132,7 +132,7 @@ def alignment(
 
     def steps() -> Iterator[Steps]:
         for i in range(count):
-            half = {name: torch.zeros_like(p) for name, p in of.items()}
+            half = dict(zip(of, zeros(of.values()), strict=True))
             for j in range(i * per_half, (i + 1) * per_half):
                 part = gradient(model, loss, chosen[j], seed=seed + j)
                 for mean, g in zip(half.values(), part, strict=True):

@@ -430,6 +430,8 @@ class Monitor:
                 raise ValueError(
                     f"method {method!r} is not in the saved state, which has "
                     f"{list(state['estimators'])}; start afresh to add a method"
+                    + ", or leave preconditioned off"
+                    * (method not in self.config.method)
                 )
         for method, estimator in self._estimators.items():
             estimator.load_state_dict(state["estimators"][method])
@@ -475,7 +477,11 @@ class Monitor:
         """An optimizer has stepped; the first of several counts the steps."""
         pending = any(collector.pending for collector, _ in self._sources)
         # Of ranks all must take the same path, so that it may not depend on what is pending here.
-        if self._off or self._closed or not (first or (pending and self._ranks.size == 1)):
+        if self._off or self._closed:
+            return
+        if not (first or (pending and self._ranks.size == 1)):
+            if not pending:  # the first has armed the next step, and this one's moments are new
+                self._freeze(self._asked)
             return
         if not any(collector.wanted for collector, _ in self._sources):
             self._clock.tick(False)
@@ -493,7 +499,7 @@ class Monitor:
         for method in self._methods.values():
             if outcome := self._guarded(lambda m=method: self._take(m, found)):
                 method.faults = method.faults + 1 if outcome.reason == "fault" else 0
-                if not any(outcome is other for other in said):
+                if outcome not in said:
                     self._skip(method, outcome)
                 said.append(outcome)
         exact = found.get("pepgns", found.get(EXACT))
@@ -576,10 +582,14 @@ class Monitor:
         used = {n for m in self._methods.values() if not m.off for n in (m.first, m.rest)}
         due, rare = self._clock.due(self.step), self.config.calibrate_every
         exact = due and rare is not None and self._clock.ordinal(self.step) % rare == 0
-        if self._metric is not None:
-            self._metric.fault = self._guarded(partial(self._metric.freeze, due))
+        self._freeze(due)
         for collector, names in self._sources:
             collector.arm(due and not used.isdisjoint(names), exact=exact)
+
+    def _freeze(self, measure: bool) -> None:
+        """Take the optimizers' metric as it is now, if the next step is to be measured in it."""
+        if self._metric is not None:
+            self._metric.fault = self._guarded(partial(self._metric.freeze, measure))
 
     @property
     def _off(self) -> bool:
@@ -590,10 +600,13 @@ class Monitor:
         norms = None if method.off else method.norms(found)
         if isinstance(norms, Skipped):
             # With several optimizers, another one's step may have closed this one's measurement.
-            closed = norms.reason in (NO_TAP, NO_BACKWARD, NO_LOSSES)
-            return None if closed and method.last_step == self.step else norms
+            empty = norms.reason in (NO_TAP, NO_BACKWARD, NO_LOSSES)
+            closed = method.closed_step == self.step
+            method.closed_step = self.step
+            return None if empty and closed else norms
         if norms is None:
             return None
+        method.closed_step = self.step
         pair = method.pair(norms)
         if reason := obstacle(pair):
             return Skipped(reason, f"its {norms.examples} example(s) give no estimate: {reason}")
@@ -710,7 +723,8 @@ class Monitor:
                 )
         # Before its first step an optimizer never has a state; twice is worth a word.
         elif self.skipped[skipped.reason] == 1 + (skipped.reason == NO_STATE):
-            self.warn(f"step {self.step} is not measured: {skipped.detail}")
+            beside = "" if method.name in self.config.method else " in the optimizer's metric"
+            self.warn(f"step {self.step} is not measured{beside}: {skipped.detail}")
 
     def _tell_missing(self, method: Method, missing: Mapping[str, str]) -> None:
         """Warn of parameters that are left out, once of each."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,20 +11,27 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gnsmon.norms.contractions import wide
+from gnsmon.collectors.shards import is_sharded
+from gnsmon.norms.contractions import wide, wider
 from gnsmon.norms.oracles import left_untouched, named_tensors
 
 Loss = Callable[[Any, Any], Tensor]
 Vector = list[Tensor]  # one tensor for each trainable parameter
 ONCE = "torch::autograd::Error"  # the node that stands for what has no second derivative
-NOT_TWICE = ("is not implemented", "twice", "double backward")  # in PyTorch's words
+# In PyTorch's words, the last those of compiled models.
+NOT_TWICE = ("is not implemented", "twice", "double backward", "create_graph=False")
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters by name; raises ValueError where there are none."""
+    """The trainable parameters by name; raises ValueError on none, and on shards."""
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not found:
         raise ValueError("model: expected trainable parameters, and all of them are frozen")
+    if sharded := [name for name, p in found.items() if is_sharded(p)]:
+        raise ValueError(
+            f"model: expected whole parameters, and {sharded[0]} is in the shards of fully_shard; "
+            "measure a copy of the model in one process"
+        )
     return found
 
 
@@ -50,12 +57,12 @@ def gradient(model: nn.Module, loss: Loss, batch: Any, *, seed: int) -> Vector:
     """The gradient of `loss(model, batch)`; a forward that draws random numbers starts at `seed`.
 
     Raises:
-        ValueError: where the loss is not a scalar with a graph.
+        ValueError: where the loss is not a scalar with a graph, or the gradient is not finite.
     """
     of = list(trainable(model).values())
     with _evaluated(model, loss, batch, seed) as value:
         grads = torch.autograd.grad(value, of, allow_unused=True)
-    return _filled(grads, of)
+    return _finite(_filled(grads, of), "gradient")
 
 
 def hessian_product(
@@ -67,10 +74,11 @@ def hessian_product(
     "math" kernel, as the others have no second derivative.
 
     Raises:
-        ValueError: where the loss is not a scalar with a graph, or cannot be differentiated twice.
+        ValueError: where the loss is not a scalar with a graph, or cannot be differentiated twice,
+            or the product is not finite.
     """
     of = list(trainable(model).values())
-    with sdpa_kernel(SDPBackend.MATH), _evaluated(model, loss, batch, seed) as value:
+    with sdpa_kernel(SDPBackend.MATH), _evaluated(model, loss, batch, seed) as value, _twice():
         # With a factor that has a gradient, what @once_differentiable gives back is told by a node
         # of the graph; without it, it is silently taken for a constant (torch 2.13).
         value = value * torch.ones_like(value, requires_grad=True)
@@ -89,18 +97,13 @@ def hessian_product(
                 "Hessian, and a torch.autograd.Function in it is marked @once_differentiable; "
                 "take an implementation without it"
             )
-        try:
-            products = torch.autograd.grad(outputs, of, vectors, allow_unused=True)
-        except RuntimeError as error:
-            if not any(words in str(error) for words in NOT_TWICE):
-                raise
-            raise ValueError(
-                "loss: expected one that can be differentiated twice, for products with its "
-                f"Hessian, and PyTorch says: {error}. Of attention take the math kernel "
-                "(torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or attn_implementation='eager' "
-                "in transformers), of a compiled model the one before torch.compile"
-            ) from error
-    return _filled(products, of)
+        products = torch.autograd.grad(outputs, of, vectors, allow_unused=True)
+    return _finite(_filled(products, of), "product with the Hessian")
+
+
+def zeros(of: Iterable[Tensor]) -> Vector:
+    """Where a sum begins, float32 or wider: one of many parts comes to rest in half precision."""
+    return [torch.zeros_like(p, dtype=wider(p.dtype)) for p in of]
 
 
 def inner(a: Vector, b: Vector) -> Tensor:
@@ -127,6 +130,31 @@ def _evaluated(model: nn.Module, loss: Loss, batch: Any, seed: int) -> Iterator[
                 f"batch's examples; got {got}"
             )
         yield value
+
+
+@contextmanager
+def _twice() -> Iterator[None]:
+    """Says what to do where PyTorch cannot differentiate what is inside twice."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in NOT_TWICE):
+            raise
+        raise ValueError(
+            "loss: expected one that can be differentiated twice, for products with its "
+            f"Hessian, and PyTorch says: {error}. Of attention take the math kernel "
+            "(torch.nn.attention.sdpa_kernel(SDPBackend.MATH), or attn_implementation='eager' "
+            "in transformers), of a compiled model the one before torch.compile"
+        ) from error
+
+
+def _finite(vector: Vector, what: str) -> Vector:
+    if not all(bool(v.isfinite().all()) for v in vector):
+        raise ValueError(
+            f"loss(model, batch): its {what} has infinite or undefined values; leave out the "
+            "batches that overflow, or measure in a wider precision"
+        )
+    return vector
 
 
 def _nodes(outputs: Sequence[Tensor]) -> Iterator[Node]:

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     },
     "lightning": {"monitor", "config", "sinks", "advice", "estimators"},
     "checking": {"collectors", "estimators", "norms"},
-    "part_gradients": {"norms"},
+    "part_gradients": {"collectors", "norms"},
     "curvature": {"estimators", "part_gradients"},
     "halves": {"collectors", "estimators", "norms", "part_gradients"},
     "hf": {"monitor", "config", "sinks", "norms", "advice"},

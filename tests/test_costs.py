@@ -60,6 +60,18 @@ def test_a_step_that_is_not_measured_does_nothing_else(tmp_path, engine):
     assert monitored(3, tmp_path, every=100, engine=engine) == bare(3)
 
 
+def test_nor_with_all_that_can_be_asked_for(tmp_path):
+    settings = {"preconditioned": True, "diagnostics": True, "clip": 1.0, "norm_bound": 1.0}
+    model, twin = model_of(3), model_of(3)
+    optimizer, other = (torch.optim.AdamW(m.parameters()) for m in (model, twin))
+    methods = ["pepgns", "sketch", "microbatch", "subbatch"]
+    with (
+        pytest.warns(RuntimeWarning, match="this step has one"),
+        gnsmon.attach(model, optimizer, run_dir=tmp_path, every=100, method=methods, **settings),
+    ):
+        assert operations(model, optimizer) == operations(twin, other)
+
+
 @pytest.mark.parametrize("method", ["pepgns", "sogns", "sketch"])
 def test_nothing_waits_for_the_device_but_one_copy(tmp_path, monkeypatch, method):
     copies = []

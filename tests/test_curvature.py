@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks_worker import in_processes
 from scipy.stats import norm
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import gnsmon
@@ -378,8 +382,51 @@ def test_what_cannot_be_is_refused(call):
     with pytest.raises(ValueError, match=r"batch 2: .*first axes of \[3, 4\]"):
         x, y = batches[2]
         call(model, squared, [*batches[:2], (x[:3], y), *batches[3:]])
+    with pytest.raises(ValueError, match="its gradient has infinite or undefined values"):
+        call(model, lambda model, batch: squared(model, batch) * math.nan, batches)
     with pytest.raises(ValueError, match="all of them are frozen"):
         call(model.requires_grad_(False), squared, batches)
+
+
+def test_a_level_beyond_one_is_refused():
+    with pytest.raises(ValueError, match="level: expected a number between 0 and 1, got 95"):
+        gnsmon.full_noise_scale(mlp(), squared, batches_of((4,) * 8), level=95)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_model_is_refused_where_it_cannot_be_differentiated_twice():
+    torch._dynamo.reset()
+    compiled = torch.compile(mlp(), backend="aot_eager")
+    with pytest.raises(ValueError, match="of a compiled model the one before torch.compile"):
+        gnsmon.full_noise_scale(compiled, squared, batches_of((4,) * 8))
+
+
+def test_many_parts_in_half_precision_add_up():
+    """All parts alike: |G|² is the whole of |u|², and halves agree."""
+    model = nn.Linear(3, 2, bias=False).bfloat16()
+    batches = [torch.ones(1, 3, dtype=torch.bfloat16) for _ in range(600)]
+
+    def loss(model, batch):
+        return model(batch).float().square().sum(1).mean()
+
+    found = gnsmon.full_noise_scale(
+        model, loss, batches[:-1], hessian_batches=[batches[-1].clone()]
+    )
+    assert abs(found.trace_h_sigma) < 0.05 * found.g_h_g
+    halves = gnsmon.alignment(model, loss, batches)
+    assert halves.cosine.value == pytest.approx(1, abs=1e-3)
+    assert halves.sign.value == pytest.approx(1, abs=1e-3)
+
+
+def in_shards(rank):
+    model = fully_shard(nn.Linear(4, 2))
+    for call in (gnsmon.full_noise_scale, gnsmon.alignment):
+        with pytest.raises(ValueError, match="weight is in the shards of fully_shard"):
+            call(model, squared, [torch.randn(2, 4) for _ in range(8)])
+
+
+def test_a_sharded_model_is_refused(tmp_path):
+    in_processes(in_shards, folder=tmp_path)
 
 
 # Halves

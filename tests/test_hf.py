@@ -509,6 +509,18 @@ def test_sources_without_layers_weigh_alike(tmp_path):
     assert "gns/microbatch/tr_sigma" in trainer.state.log_history[0]
 
 
+def test_health_and_the_optimizers_metric_reach_the_trainers_logs(tmp_path):
+    trainer = make(tmp_path, llama(), sequences(24))
+    settings = {"method": ["pepgns", "microbatch"], "preconditioned": True}
+    callback, _, _ = watch(trainer, diagnostics=True, clip=0.5, **settings)
+    trainer.train()
+    *_, last = (e for e in trainer.state.log_history if "loss" in e)
+    assert last["gns/health/grad_norm"] == callback.monitor.health.grad_norm
+    assert last["gns/health/relative_change"] == callback.monitor.health.relative_change
+    assert {"gns/pepgns_preconditioned_factored/tr_sigma", "gns/health/clip_share"} <= last.keys()
+    assert not any("/layer/" in key for key in last)
+
+
 def test_the_scaler_of_half_precision(tmp_path):
     """Which Accelerate makes on a GPU only, so it is put in its place."""
     model = llama()

@@ -11,12 +11,13 @@ from cases import energy
 from ranks_worker import in_processes
 from test_monitor import VOCABULARY, B, Dropping, T, Tiny, loss_of, split, watch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 from typer.testing import CliRunner
 
 from gnsmon.cli import app
 from gnsmon.collectors.per_example import FACTORED, NOT_CROSSED
-from gnsmon.collectors.preconditioner import NO_STATE, Preconditioner, named
+from gnsmon.collectors.preconditioner import NO_MOMENT, NO_STATE, Preconditioner, named
 from gnsmon.norms.convolved import Convolved
 from gnsmon.norms.forms import Dense, Outer, Rows
 from gnsmon.norms.metric import Diagonal, Factored
@@ -319,6 +320,13 @@ def test_the_log_and_the_report_have_both(tmp_path):
         again.load_state_dict(saved)
         accumulate(model, optimizer, batches[0])  # whose metric was there at attach
         assert again.readings[FACTORED].step == 24
+    with watch(model, optimizer, method="pepgns") as without:
+        plain = without.state_dict()
+    with (
+        watch(model, optimizer, method="pepgns", preconditioned=True) as later,
+        pytest.raises(ValueError, match="start afresh to add a method, or leave preconditioned"),
+    ):
+        later.load_state_dict(plain)
 
 
 # Where there is no metric.
@@ -359,6 +367,46 @@ def test_parameters_without_a_second_moment_are_named():
             assert 0 < gns.coverage(method).norm_fraction < 1
         assert gns.coverage("pepgns").missing == {}
     assert len(caught) == 1
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_several_optimizers_are_read_once_all_have_stepped(order):
+    model, batches = language(tied=False)
+    head = adamw(model.head)
+    body = torch.optim.AdamW([p for p in model.parameters() if p is not model.head.weight])
+    with watch(model, [body, head], **BOTH) as gns:
+        for step, batch in enumerate(batches):
+            examples = gradients(model, split(batch, [1] * B), [1 / B] * B)
+            micro = gradients(model, split(batch, SIZES), [n / B for n in SIZES])
+            metric = {}
+            for name, p in model.named_parameters() if step else ():
+                own = head if p is model.head.weight else body
+                found = own.state[p]["exp_avg_sq"] / (1 - 0.999**step)
+                metric[name] = (found > 0) / (found.sqrt() + own.defaults["eps"])
+            model.zero_grad()
+            for part in split(batch, SIZES):
+                (loss(model, part) * len(part[0]) / B).backward()
+            for optimizer in (body, head)[::order]:
+                optimizer.step()
+            if step:
+                assert_raw(gns, WHOLE, micro, metric, sum(n**2 for n in SIZES) / B**2)
+                rank_one = {name: factored(p) for name, p in metric.items()}
+                assert_raw(gns, FACTORED, examples, rank_one, 1 / B)
+
+
+def test_what_is_thawed_has_no_moment_at_first():
+    model, batches = language(tied=False)
+    model.up.requires_grad_(False)
+    optimizer = adamw(model)
+    with watch(model, optimizer, **BOTH) as gns:
+        accumulate(model, optimizer, batches[0])
+        model.up.requires_grad_(True)
+        accumulate(model, optimizer, batches[1])
+        for method in (FACTORED, WHOLE):
+            expected = dict.fromkeys(("up.weight", "up.bias"), NO_MOMENT)
+            assert gns.coverage(method).missing == expected
+        accumulate(model, optimizer, batches[2])
+        assert not gns.coverage(FACTORED).missing
 
 
 def test_an_optimizer_that_never_has_a_state_is_told_of():
@@ -567,3 +615,27 @@ def on_ranks(rank):
 
 def test_ranks(tmp_path):
     in_processes(on_ranks, folder=tmp_path)
+
+
+def on_shards(rank):
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).to(D)
+    model[0].requires_grad_(False)
+    fully_shard(model)
+    optimizer = adamw(model)
+    settings = {"method": ["pepgns", "ranks"], "preconditioned": True, "diagnostics": True}
+    said = "not measured in the optimizer's metric: 2.weight: its optimizer's second moment is in"
+    with pytest.warns(RuntimeWarning, match=said), watch(model, optimizer, **settings) as gns:
+        for step in range(3):
+            optimizer.zero_grad()
+            energy(model, torch.randn(B, 4, dtype=D)).backward()
+            optimizer.step()
+            assert {method: reading.step for method, reading in gns.readings.items()} == {
+                "pepgns": step,
+                "ranks": step,
+            }
+            assert gns.health.step == step
+        assert gns.skipped == {NO_STATE: 1, "no metric": 2}
+
+
+def test_shards_have_no_metric_and_all_else(tmp_path):
+    in_processes(on_shards, folder=tmp_path)

@@ -67,6 +67,14 @@ def test_examples_have_that_covariance():
     assert float(examples.mean(0).square().sum()) < 4 * model.tr_sigma / 40_000
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_singular_covariance_is_one(dtype):
+    torch.manual_seed(0)
+    v = torch.randn(6, 2, dtype=dtype)
+    problem = NoisyQuadratic(torch.ones(6, dtype=dtype), v @ v.mT, torch.ones(6, dtype=dtype))
+    assert problem.tr_sigma == pytest.approx(float(v.square().sum()), rel=1e-5)
+
+
 def test_what_is_no_quadratic_is_refused():
     two = torch.ones(2)
     with pytest.raises(ValueError, match=r"hessian: expected \[2\] or \[2, 2\]"):

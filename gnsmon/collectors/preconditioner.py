@@ -161,9 +161,7 @@ class Preconditioner:
             for group in optimizer.param_groups
             for p in group["params"]
         }
-        for name, p in self._model.named_parameters():
-            if not p.requires_grad:
-                continue
+        for name, p in self._model.named_parameters():  # also of what is thawed before the step
             optimizer, group = held.get(id(p), (None, {}))
             if optimizer is None:
                 found: Tensor | str = FOREIGN
@@ -205,21 +203,23 @@ class Preconditioner:
         assert share.in_metric is not None
         big_sq_norm, known = share.in_metric
         unknown = {**self.missing, **(missing or {})}
+        trainable = {n for n, p in self._model.named_parameters() if p.requires_grad}
         reasons = {
             name: unknown.get(name, ELSEWHERE)
             for name, on in zip(names, known, strict=True)
-            if on < ranks and name not in norms.missing
+            if on < ranks and name in trainable and name not in norms.missing
         }
-        trainable = {n for n, p in self._model.named_parameters() if p.requires_grad}
-        left = norms.without({n: why for n, why in reasons.items() if n in trainable}, names)
+        left = norms.without(reasons, names)
         kept = np.array([name in trainable and name not in left.missing for name in names])
         big = np.where(kept, big_sq_norm, 0.0)
         parts = np.where(kept, parts_sq_norm, 0.0)
         if not (np.isfinite(big).all() and np.isfinite(parts).all()):
             return Skipped("nonfinite", "the gradient in the metric is infinite or undefined")
         if not big.any():
-            whys = list(reasons.values())
-            return Skipped("no metric", whys[0]) if whys and NO_MOMENT not in whys else NOTHING_YET
+            if not reasons or NO_MOMENT in reasons.values():
+                return NOTHING_YET
+            name, why = next(iter(reasons.items()))
+            return Skipped("no metric", f"{name}: {why}")
         return replace(left, big_sq_norm=big, parts_sq_norm=parts, parts_variance=None)
 
 

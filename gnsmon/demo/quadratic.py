@@ -54,7 +54,8 @@ class NoisyQuadratic(nn.Module):
         h, sigma = _matrix("hessian", hessian, theta), _matrix("covariance", covariance, theta)
         values, vectors = torch.linalg.eigh(h)
         powers, axes = torch.linalg.eigh(sigma)
-        if powers.min() < -1e-12 * powers.abs().max():
+        rounding = max(1e-12, len(theta) * torch.finfo(powers.dtype).eps)  # of zero eigenvalues
+        if powers.min() < -rounding * powers.abs().max():
             raise ValueError(
                 "covariance: expected no negative eigenvalue, got "
                 f"{float(powers.min()):.3g}; a covariance is a mean of squares"

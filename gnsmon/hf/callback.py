@@ -17,7 +17,7 @@ from gnsmon.hf.weights import Seen, Weights
 from gnsmon.monitor import Monitor
 from gnsmon.monitor import attach as attach_monitor
 from gnsmon.norms.inputs import Announce, read_batch
-from gnsmon.sinks.keys import prefix, scalars
+from gnsmon.sinks.keys import health_scalars, prefix, scalars
 
 try:
     from transformers import TrainerCallback
@@ -162,7 +162,7 @@ class GNSCallback(TrainerCallback, ExportableState):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        """Add the readings to the Trainer's logs, once each; those of layers go to sinks only."""
+        """Add readings and health to the Trainer's logs, once each; of layers sinks alone learn."""
         if self.monitor is None or self.monitor.closed or not logs or "loss" not in logs:
             return
         self.monitor.log_loss(float(logs["loss"]))
@@ -176,6 +176,8 @@ class GNSCallback(TrainerCallback, ExportableState):
             for key, value in scalars(of, prefix(method, reading.method)).items()
             if of.step == reading.step and "/layer/" not in key
         }
+        if (health := self.monitor.health) and health.step == reading.step:
+            numbers |= {k: v for k, v in health_scalars(health).items() if "/layer/" not in k}
         logs.update(numbers)
         if state.log_history:  # it has a copy of the logs, made before this event
             state.log_history[-1].update(numbers)
