@@ -129,7 +129,8 @@ def curve_table(advice: Advice) -> Table:
         table.add_column(name, justify="left" if not name else "right")
     cheapest = min((point.cost for point in points if point.cost is not None), default=None)
     for point in points:
-        marks = {advice.present: "present", advice.batch_size: "suggested"}
+        kept = "present and suggested" if advice.batch_size == advice.present else "present"
+        marks = {advice.batch_size: "suggested", advice.present: kept}
         cost = [f"{point.cost / cheapest:.3g}"] if point.cost and cheapest else []
         row = (f"{point.batch_size:,}", f"{point.steps:.3g}", f"{point.examples:.3g}", *cost)
         table.add_row(*row, marks.get(point.batch_size, ""))

@@ -107,6 +107,9 @@ def test_the_curve(run, capsys):
     assert "batch steps examples" in words
     assert "128 9.52 1.12 present" in words  # 1 + 1090 / 128, 1 + 128 / 1090
     assert "1,024 2.06 1.94 suggested" in words
+    assert "1,024 2.06 1.94 present and suggested" in said(
+        capsys, run, "--curve", "--batch-size", 1024
+    )
 
 
 def test_the_curve_as_a_picture(run, capsys, tmp_path):

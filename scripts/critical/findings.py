@@ -184,21 +184,24 @@ def _alone(problem: Problem, size: int, last: Finding, records: Records) -> floa
 def write(path: Path, problems: list[Problem], records: Records) -> dict[str, list[Finding]]:
     """Put tables between the marks of the document, figures and validation.json beside it.
 
+    A document that is not there yet is made.
+
     Raises:
         ValueError: when the document has no marks for a problem.
     """
     from critical.figures import draw
 
-    text, results = path.read_text(), {}
-    for problem in problems:
+    marks = [(f"<!-- critical: {p.name} -->", f"<!-- end: {p.name} -->") for p in problems]
+    anew = "# The critical batch, measured\n\n" + "\n\n".join(map("\n".join, marks)) + "\n"
+    text, results = path.read_text() if path.exists() else anew, {}
+    for problem, (begin, end) in zip(problems, marks, strict=True):
         found = results[problem.name] = findings(problem, records)
-        begin, end = f"<!-- critical: {problem.name} -->", f"<!-- end: {problem.name} -->"
         before, opened, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
         if not opened or not closed:
             raise ValueError(f"{path}: expected the marks {begin} and {end}, found them not; add")
         picture = f"figures/validation_{problem.name.replace('-', '_')}.png"
-        (path.parent / "figures").mkdir(exist_ok=True)
+        (path.parent / "figures").mkdir(parents=True, exist_ok=True)
         draw(problem, found, path.parent / picture)
         part = f"![{problem.name}]({picture})\n\n{tables(problem, found, records)}"
         text = f"{before}{begin}\n\n{part}\n\n{end}{after}"
