@@ -129,6 +129,7 @@ class Method:
         self.last: StepNorms | None = None
         self.last_step: int | None = None
         self.closed_step: int | None = None  # the last that was measured, or could not be
+        self.nothing: str | None = None  # why no parameter at all could be measured in it
         self.faults = 0  # in a row
         self._own = np.array(True)  # [n_groups] or []: whether the first source measured the group
         self._parts = PartsCalibration(len(names), by_group) if self.first == "sogns" else None

@@ -46,7 +46,7 @@ from gnsmon.estimators import Estimator, Groups, NormPair, Reading, obstacle
 from gnsmon.estimators.health import Health
 from gnsmon.estimators.values import SCHEMA, Array
 from gnsmon.health import HealthWatch
-from gnsmon.methods import PATIENCE, Method, Outcome, metric, readings, sources
+from gnsmon.methods import NO_EXAMPLES, PATIENCE, Method, Outcome, metric, readings, sources
 from gnsmon.pace import Fixed, Paced
 from gnsmon.sinks import SinkSet, open_sink
 
@@ -603,6 +603,7 @@ class Monitor:
             empty = norms.reason in (NO_TAP, NO_BACKWARD, NO_LOSSES)
             closed = method.closed_step == self.step
             method.closed_step = self.step
+            method.nothing = norms.detail if norms.reason in NO_EXAMPLES else None
             return None if empty and closed else norms
         if norms is None:
             return None
@@ -688,6 +689,8 @@ class Monitor:
         norms = method.last
         sizes = {n: p.numel() for n, p in self.model.named_parameters() if p.requires_grad}
         missing = self._untapped(method) if norms is None else norms.missing
+        if norms is None and method.nothing is not None:
+            missing = {**dict.fromkeys(sizes, method.nothing), **missing}
         missing = {name: missing[name] for name in sizes if name in missing}
         covered = [name for name in sizes if name not in missing]
         share = sum(sizes[name] for name in covered) / max(sum(sizes.values()), 1)

@@ -974,3 +974,21 @@ def test_repeated_faults_switch_the_monitor_off(monkeypatch, owner, name):
         gns.close()
     assert gns.skipped == {"fault": 3}
     assert [("switched off" in str(w.message)) for w in warned] == [False, True]
+
+
+@pytest.mark.filterwarnings("ignore:gnsmon")
+def test_coverage_of_a_model_of_which_no_step_can_be_measured(tmp_path):
+    """As many sequences as positions: which axis is that of the examples?"""
+    model = nn.Sequential(nn.ReLU(), nn.Linear(4, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with gnsmon.attach(model, optimizer, every=1, run_dir=tmp_path) as gns:
+        assert gns.coverage().fraction == 1.0  # as far as is known
+        for size in (6, 6, 4):
+            model(torch.randn(size, 6, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            coverage = gns.coverage()
+            assert coverage.fraction == (size == 4)
+            assert len(coverage.missing) == (0 if size == 4 else 2)
+            if size == 6:
+                assert "6 is both the batch size and another axis" in str(coverage)
