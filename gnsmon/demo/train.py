@@ -88,6 +88,7 @@ def train_text(config: TextConfig, run_dir: Path, ticker: Ticker) -> Outcome:
         method=config.methods,
         every=config.every,
         decay=config.decay,
+        preconditioned=config.optimizer == "adamw" and "pepgns" in config.methods,
         sinks=["tensorboard"],
         run_dir=run_dir,
     ) as gns:
