@@ -195,9 +195,9 @@ def test_the_search_brackets_the_best_rate_and_finds_the_law(monkeypatch):
             assert {rate - 1, rate + 1} <= tried
         found = findings(LAW, records)[target]
         assert found.fit.low < truth < found.fit.high
-        assert found.noise.b_simple == pytest.approx(15) and found.noise.runs == 5
+        assert found.noise.own.b_simple == pytest.approx(15) and found.noise.runs == 5
         assert found.noise.batch_size == {8.0: 8, 20.0: 16}[truth]
-        assert found.ratio == pytest.approx(15 / found.fit.b_crit)
+        assert found.ratio(found.noise.own) == pytest.approx(15 / found.fit.b_crit)
 
 
 def test_a_stopped_measurement_goes_on_where_it_was(monkeypatch):

@@ -66,14 +66,12 @@ def _steps(
 
 def _compare(axes: Axes, found: list[Finding]) -> None:
     measured = [(f.target, f.fit.b_crit, f.fit.low, f.fit.high) for f in found]
-    noise = [
-        (f.target, f.noise.b_simple, f.noise.low, f.noise.high)
-        for f in found
-        if f.noise is not None
-    ]
+    noise = [(f.target, *f.noise.own) for f in found if f.noise is not None]
+    in_metric = [(f.target, *f.noise.in_metric) for f in found if f.noise is not None]
     for rows, colour, marker, label in (
         (measured, COLOURS[0], "o", "b_crit, from the grid of runs"),
         (noise, COLOURS[1], "s", "b_simple, mean along the best run"),
+        (in_metric, COLOURS[2], "D", "the same in the optimizer's metric"),
     ):
         known = [(x, y, low or y, high or y) for x, y, low, high in rows if y is not None]
         if known:

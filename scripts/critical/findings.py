@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,14 @@ from gnsmon.estimators.interval import student_quantile
 from gnsmon.estimators.jackknife import jackknife
 
 
+class Estimate(NamedTuple):
+    """Mean of S over steps and runs over that of |G|²; at 95 %, from the spread of the runs."""
+
+    b_simple: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
 @dataclass(frozen=True)
 class Noise:
     """The noise scale along the best runs, from their start to the target; examples."""
@@ -25,9 +33,8 @@ class Noise:
     batch_size: int
     rate: int
     runs: int
-    b_simple: float | None  # mean of S over steps and runs over that of |G|²
-    low: float | None  # at 95 %, from the spread of the runs
-    high: float | None
+    own: Estimate
+    in_metric: Estimate  # of the optimizer, as `preconditioned=True` measures it
     mean_reading: float | None  # of the monitor's smoothed readings, wherever there was one
     suggested: float | None  # median of the batch sizes that it suggested
 
@@ -41,12 +48,11 @@ class Finding:
     fit: CriticalBatch
     noise: Noise | None
 
-    @property
-    def ratio(self) -> float | None:
-        """b_simple over b_crit."""
-        if self.noise is None or self.noise.b_simple is None or self.fit.b_crit is None:
+    def ratio(self, of: Estimate) -> float | None:
+        """A noise scale over b_crit."""
+        if of.b_simple is None or self.fit.b_crit is None:
             return None
-        return self.noise.b_simple / self.fit.b_crit
+        return of.b_simple / self.fit.b_crit
 
 
 def findings(problem: Problem, records: Records) -> list[Finding]:
@@ -68,26 +74,29 @@ def _noise(problem: Problem, records: Records, target: int) -> Noise | None:
     along: list[dict[str, Any]] = [r["along"][target] for r in made if r and r["along"][target]]
     if not along:
         return None
-    s, g = (np.array([x[key] for x in along]) for key in ("tr_sigma", "grad_sq_norm"))
-    b_simple = low = high = None
-    if s.sum() > 0 and g.sum() > 0:
-        b_simple = float(s.sum() / g.sum())
-        if len(along) > 1:
-            error = math.sqrt(float(jackknife(s, g).variance)) / b_simple
-            factor = math.exp(student_quantile(len(along) - 1, 0.975) * error)
-            low, high = b_simple / factor, b_simple * factor
     told, sizes = (
         [x[key] for x in along if x[key] is not None] for key in ("mean_reading", "suggested")
     )
     return Noise(
         *place,
         len(along),
-        b_simple,
-        low,
-        high,
+        _estimate(along),
+        _estimate([x["in_metric"] for x in along if x.get("in_metric")]),
         float(np.mean(told)) if told else None,
         float(np.median(sizes)) if sizes else None,
     )
+
+
+def _estimate(along: list[dict[str, Any]]) -> Estimate:
+    s, g = (np.array([x[key] for x in along]) for key in ("tr_sigma", "grad_sq_norm"))
+    if not (s.sum() > 0 and g.sum() > 0):
+        return Estimate()
+    b_simple = float(s.sum() / g.sum())
+    if len(along) < 2:
+        return Estimate(b_simple)
+    error = math.sqrt(float(jackknife(s, g).variance)) / b_simple
+    factor = math.exp(student_quantile(len(along) - 1, 0.975) * error)
+    return Estimate(b_simple, b_simple / factor, b_simple * factor)
 
 
 def to_json(results: dict[str, list[Finding]]) -> str:
@@ -110,9 +119,12 @@ def _numbers(finding: Finding) -> dict[str, Any]:
         "high": fit.high,
         "s_min": fit.s_min,
         "scatter": fit.scatter,
-        "b_simple": noise and noise.b_simple,
-        "b_simple_low": noise and noise.low,
-        "b_simple_high": noise and noise.high,
+        "b_simple": noise and noise.own.b_simple,
+        "b_simple_low": noise and noise.own.low,
+        "b_simple_high": noise and noise.own.high,
+        "in_metric": noise and noise.in_metric.b_simple,
+        "in_metric_low": noise and noise.in_metric.low,
+        "in_metric_high": noise and noise.in_metric.high,
         "mean_reading": noise and noise.mean_reading,
         "suggested": noise and noise.suggested,
         "batch_size": noise and noise.batch_size,
@@ -125,23 +137,27 @@ def tables(problem: Problem, found: list[Finding], records: Records) -> str:
     reached = sum(record["outcome"] == "reached" for record in own)
     diverged = sum(record["outcome"] == "diverged" for record in own)
     seconds = sum(record["seconds"] for record in own)
+    adaptive = any(f.noise and f.noise.in_metric.b_simple for f in found)
     lines = [
         f"{len(own)} runs, {seconds / 60:.0f} minutes of training: {reached} came to the last "
         f"target, {diverged} diverged, the others were given up.",
         "",
         "| held-out loss | b_crit | interval | S_min | E_min | scatter | b_simple along the best "
-        "run | interval | b_simple / b_crit | mean of the readings | suggested batch |",
-        "|--:|--:|:-:|--:|--:|--:|--:|:-:|--:|--:|--:|",
+        "run | interval | b_simple / b_crit | mean of the readings | suggested batch |"
+        + " in the optimizer's metric | interval | over b_crit |"
+        * adaptive,
+        "|--:|--:|:-:|--:|--:|--:|--:|:-:|--:|--:|--:|" + "--:|:-:|--:|" * adaptive,
     ]
     for f in found:
         fit, noise = f.fit, f.noise
         cells = [f"{f.target:g}", _critical(fit), _ends(fit.low, fit.high), _number(fit.s_min)]
         cells += [_number(fit.e_min), "" if fit.scatter is None else f"{fit.scatter:.1%}"]
         if noise is None:
-            cells += [""] * 5
+            cells += [""] * (5 + 3 * adaptive)
         else:
-            cells += [_number(noise.b_simple), _ends(noise.low, noise.high), _ratio(f.ratio)]
+            cells += _cells(f, noise.own)
             cells += [_number(noise.mean_reading), _number(noise.suggested)]
+            cells += _cells(f, noise.in_metric) if adaptive else []
         lines.append(f"| {' | '.join(cells)} |")
     notes = [f"Loss {f.target:g}: {f.fit.reason}." for f in found if f.fit.reason]
     lines += ["", *notes] if notes else []
@@ -169,6 +185,10 @@ def tables(problem: Problem, found: list[Finding], records: Records) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "\\* the best run, along which the noise scale was averaged."]
     return "\n".join(lines)
+
+
+def _cells(finding: Finding, of: Estimate) -> list[str]:
+    return [_number(of.b_simple), _ends(of.low, of.high), _ratio(finding.ratio(of))]
 
 
 def _alone(problem: Problem, size: int, last: Finding, records: Records) -> float | None:

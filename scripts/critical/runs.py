@@ -114,6 +114,7 @@ def _train(job: Job, task: Task, folder: Path) -> dict[str, Any]:
     monitor: Any = nullcontext()
     if run.noise:
         settings = {"method": "pepgns", "every": 1, "engine": "hooks", "groups": "total"}
+        settings["preconditioned"] = problem.optimizer == "adam"
         monitor = gnsmon.attach(
             model, optimizer, sinks=[readings.append], run_dir=folder, strict=True, **settings
         )
@@ -162,15 +163,24 @@ def _held_out(model: nn.Module, task: Task, batch: Batch) -> float:
     return task.loss(model, batch).item()
 
 
-def _noise(readings: list[gnsmon.Reading]) -> dict[str, Any]:
+def _noise(every: list[gnsmon.Reading]) -> dict[str, Any]:
     """What the monitor said from the start of the run until now."""
+    readings = [r for r in every if r.method == "pepgns"]
+    in_metric = [r for r in every if r.method != "pepgns"]
     told = [r.b_simple for r in readings if r.b_simple is not None]
     sizes = [r.suggested_batch_size for r in readings if r.suggested_batch_size is not None]
     return {
         "measured": len(readings),
-        "tr_sigma": float(np.mean([r.raw.tr_sigma for r in readings])),
-        "grad_sq_norm": float(np.mean([r.raw.grad_sq_norm for r in readings])),
+        **_moments(readings),
+        "in_metric": _moments(in_metric) if in_metric else None,
         "readings": len(told),
         "mean_reading": float(np.mean(told)) if told else None,
         "suggested": float(np.median(sizes)) if sizes else None,
+    }
+
+
+def _moments(readings: list[gnsmon.Reading]) -> dict[str, float]:
+    return {
+        "tr_sigma": float(np.mean([r.raw.tr_sigma for r in readings])),
+        "grad_sq_norm": float(np.mean([r.raw.grad_sq_norm for r in readings])),
     }
