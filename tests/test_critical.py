@@ -110,6 +110,18 @@ def test_steps_of_no_such_law_are_undefined():
     assert rising.status == "below" and rising.b_crit is None
 
 
+def test_steps_that_fit_both_limits_are_not_said_to_fit_neither():
+    fit = fit_critical_batch([1, 2, 4], [30, 21, 13])
+    assert fit.status == "undefined"
+    assert fit.reason == "the scatter leaves open steps that stay the same and steps like 1 / B"
+
+
+@pytest.mark.parametrize("level", [0, 1, 95, math.nan])
+def test_a_level_is_a_share(level):
+    with pytest.raises(ValueError, match="expected 0 < level < 1"):
+        fit_critical_batch(SIZES, law(SIZES, 16.0), level=level)
+
+
 @pytest.mark.parametrize("sizes", [[], [8], [8, 8, 8], [8, 16], [8, 8, 16, 16]])
 def test_two_batch_sizes_are_too_few(sizes):
     fit = fit_critical_batch(sizes, [100.0] * len(sizes))
