@@ -1,6 +1,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -238,11 +239,23 @@ def test_the_command_writes_what_is_asked_for(tmp_path, capsys):
     [
         ({"only": ["7"]}, "expected figures among 1, 2a, 2b, 3, 4, 5, 6, got 7"),
         ({"tokens": "t.npy"}, "name its folder too"),
+        ({"only": ["1", "2a"], "checkpoint": Path("m")}, "for figure 3, got figures 1, 2a alone"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_measured(options, message):
     with pytest.raises(ValueError, match=message):
         next(make(**options))
+
+
+def test_a_checkpoint_that_is_none_is_told_before_anything_is_measured(tmp_path):
+    said = []
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        next(make(checkpoint=tmp_path, out=tmp_path / "out", say=said.append))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "t.npy").write_text("1 2 3")
+    with pytest.raises(ValueError, match="expected token indices"):
+        next(make(checkpoint=tmp_path, tokens=tmp_path / "t.npy", out=tmp_path, say=said.append))
+    assert not said
 
 
 @pytest.mark.parametrize("kind", ["uint16", "uint64", "int8", ">i4"])

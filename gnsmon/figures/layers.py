@@ -146,10 +146,7 @@ def hugging_face(
         raise ImportError(
             'a Hugging Face checkpoint needs transformers: pip install "gnsmon[transformers]"'
         ) from error
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder}: expected a folder with config.json and weights, as save_pretrained writes"
-        )
+    need_model(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     context = min(context, getattr(model.config, "max_position_embeddings", None) or context)
     if tokens is not None:
@@ -167,6 +164,14 @@ def hugging_face(
         f"sequences of {length} tokens: {what}."
     )
     return Checkpoint(about, model, _causal_loss, parts)
+
+
+def need_model(folder: Path) -> None:
+    """FileNotFoundError unless `folder` looks like one that `save_pretrained` wrote."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder}: expected a folder with config.json and weights, as save_pretrained writes"
+        )
 
 
 def _given(tokens: Tensor, batch: int, vocabulary: int, positions: int | None) -> list[Tensor]:
