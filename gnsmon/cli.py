@@ -326,11 +326,6 @@ def figures(
 
     console = Console()
     names = NAMES if only is None else tuple(name.strip() for name in only.split(","))
-    options = (
-        (f" --checkpoint {checkpoint.name}" if checkpoint else "")
-        + (f" --tokens {tokens.name}" if tokens else "")
-        + " --quick" * quick
-    )
     for path in make(
         names,
         out=out,
@@ -338,7 +333,7 @@ def figures(
         checkpoint=checkpoint,
         tokens=tokens,
         validation=validation,
-        options=options,
+        options=" --quick" * quick,
         say=lambda line: console.print(line, style="dim", highlight=False),
     ):
         console.print(Text(str(path)), soft_wrap=True)

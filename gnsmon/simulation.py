@@ -313,7 +313,13 @@ def _page(outcome: Outcome) -> RenderableType:
         f"{seen.b_small}; b_simple is {of.b_simple / seen.b_big:.3g} times the batch\n"
     )
     read = sum(seen.statuses.get(status, 0.0) for status in ("ok", "wide"))
-    some = "" if read == 1 else f" (Its row is of the {read:.1%} of runs that read a number.)"
+    some = f" (Its row is of the {read:.1%} of runs that read a number.)" if read < 1 else ""
+    error = (
+        f"is off by {_share(seen.error)} (standard deviation over the runs; the table has it for "
+        "a single step, larger by the root of the steps)."
+    )
+    if math.isnan(seen.error):
+        some, error = "", "has no error to show: fewer than two runs read a number."
     held = (
         "No run has an interval."
         if not seen.intervals
@@ -321,8 +327,8 @@ def _page(outcome: Outcome) -> RenderableType:
         f"{seen.coverage_error:.1%} of the runs that have one."
     )
     foot = (
-        f"\nb_simple is read from averages over {seen.n_eff:.4g} steps: {_share(seen.error)} "
-        f"(one step's is that times their root). {held} Status: {statuses}.{some}"
+        f"\nb_simple, read from averages over {seen.n_eff:.4g} steps, {error} {held} "
+        f"Status: {statuses}.{some}"
     )
     return Group(head, table, foot)
 

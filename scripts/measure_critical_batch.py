@@ -44,9 +44,15 @@ def main() -> None:
     name = "critical-batch-quick" if options.quick else "critical-batch"
     path = options.out or Path("runs") / f"{name}.jsonl"
     console = Console()
-    if options.report:
+    if options.workers < 0:
+        parser.error(f"workers: expected 0 (train in this process) or more, got {options.workers}")
+    if options.report and not path.exists():
+        parser.error(f"report: expected runs in {path}, which is not there; measure them first")
+    try:
         records = load(path, problems)
-    else:
+    except ValueError as error:
+        parser.error(str(error))
+    if not options.report:
         columns = (TextColumn("runs"), MofNCompleteColumn(), BarColumn(32))
         times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         with Progress(*columns, *times, console=console) as bar:

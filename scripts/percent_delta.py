@@ -186,8 +186,8 @@ def table(runs: dict[str, tuple[list[gnsmon.Health], float]]) -> str:
         found = [changes(of, tensor) for of in healths.values()]
         lines.append(f"| `{tensor}` | " + " | ".join(f"{np.median(x):.2g}" for x in found) + " |")
     for said, key in (
-        ("largest over smallest", "change_ratio"),
-        ("standard deviation over mean", "change_variation"),
+        ("largest over smallest in a step", "change_ratio"),
+        ("standard deviation over mean in a step", "change_variation"),
     ):
         found = [np.median([getattr(h, key) for h in of]) for of in healths.values()]
         lines.append(f"| {said} | " + " | ".join(f"{x:.3g}" for x in found) + " |")

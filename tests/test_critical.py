@@ -2,7 +2,9 @@
 
 import json
 import math
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,6 +110,18 @@ def test_steps_of_no_such_law_are_undefined():
     assert fit.status == "undefined" and fit.b_crit is None and fit.reason
     rising = fit_critical_batch(SIZES, SIZES)
     assert rising.status == "below" and rising.b_crit is None
+
+
+def test_steps_that_fit_both_limits_are_not_said_to_fit_neither():
+    fit = fit_critical_batch([1, 2, 4], [30, 21, 13])
+    assert fit.status == "undefined"
+    assert fit.reason == "the scatter leaves open steps that stay the same and steps like 1 / B"
+
+
+@pytest.mark.parametrize("level", [0, 1, 95, math.nan])
+def test_a_level_is_a_share(level):
+    with pytest.raises(ValueError, match="expected 0 < level < 1"):
+        fit_critical_batch(SIZES, law(SIZES, 16.0), level=level)
 
 
 @pytest.mark.parametrize("sizes", [[], [8], [8, 8, 8], [8, 16], [8, 8, 16, 16]])
@@ -262,3 +276,58 @@ def test_a_real_grid_in_small_is_measured_and_written(capsys):
     assert [target["loss"] for target in targets] == [2.25, 2.2]
     keys = {"b_crit", "low", "high", "s_min", "b_simple", "b_simple_low", "b_simple_high"}
     assert all(keys <= set(target) for target in targets)
+
+
+def test_writing_one_problem_leaves_the_numbers_of_the_others(monkeypatch):
+    records, other = measured(monkeypatch, Trainer()), replace(LAW, name="other")
+    names = ("law", "other")
+    Path("page.md").write_text("".join(f"<!-- critical: {n} --><!-- end: {n} -->\n" for n in names))
+    write(Path("page.md"), [LAW, other], records)
+    before = json.loads(Path("page.json").read_text())
+    write(Path("page.md"), [LAW], records)
+    assert json.loads(Path("page.json").read_text()) == before
+    assert set(before["problems"]) == set(names)
+
+
+def test_a_worker_ends_with_its_parent():
+    code = (
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(Path(search.__file__).parents[1])!r})\n"
+        "from critical import search\n"
+        "if __name__ == '__main__':\n"
+        "    with search.workers_of(1) as pool:\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        os.kill(os.getpid(), 9)\n"
+    )
+    Path("killed.py").write_text(code)
+    done = subprocess.run([sys.executable, "killed.py"], stdout=subprocess.PIPE, text=True)
+    worker = int(done.stdout)
+    deadline = time.monotonic() + 20
+    while _runs(worker):
+        assert time.monotonic() < deadline, f"{worker} still runs"
+        time.sleep(0.05)
+
+
+def _runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--workers", "-1"], "workers: expected 0 (train in this process) or more, got -1"),
+        (["--report"], "report: expected runs in"),
+        (["--quick", "--out", "other.jsonl"], "as it is set now; they have other batch_sizes"),
+    ],
+)
+def test_a_mistake_at_the_script_is_no_traceback(arguments, message):
+    search.load(Path("other.jsonl"), [PROBLEMS["digits-sgd"]])
+    script = Path(search.__file__).parents[1] / "measure_critical_batch.py"
+    call = [sys.executable, str(script), "--problems", "digits-sgd", "--out", "no.jsonl"]
+    done = subprocess.run([*call, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+    assert not Path("no.jsonl").exists()

@@ -1,6 +1,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,6 +142,8 @@ def test_a_hugging_face_folder(tmp_path, monkeypatch):
     for wrong in (tokens.float(), tokens[:7], tokens[:, 0], tokens + 50):
         with pytest.raises(ValueError, match="tokens: expected"):
             layers.hugging_face(folder, tokens=wrong, batch=4)
+    with pytest.raises(ValueError, match="tokens: expected at most 12 to a sequence.* got 13"):
+        layers.hugging_face(folder, tokens=torch.randint(50, (8, 13)), batch=4)
     with pytest.raises(FileNotFoundError, match="config.json"):
         layers.hugging_face(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -236,11 +239,45 @@ def test_the_command_writes_what_is_asked_for(tmp_path, capsys):
     [
         ({"only": ["7"]}, "expected figures among 1, 2a, 2b, 3, 4, 5, 6, got 7"),
         ({"tokens": "t.npy"}, "name its folder too"),
+        ({"only": ["1", "2a"], "checkpoint": Path("m")}, "for figure 3, got figures 1, 2a alone"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_measured(options, message):
     with pytest.raises(ValueError, match=message):
         next(make(**options))
+
+
+def test_a_checkpoint_that_is_none_is_told_before_anything_is_measured(tmp_path):
+    said = []
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        next(make(checkpoint=tmp_path, out=tmp_path / "out", say=said.append))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "t.npy").write_text("1 2 3")
+    with pytest.raises(ValueError, match="expected token indices"):
+        next(make(checkpoint=tmp_path, tokens=tmp_path / "t.npy", out=tmp_path, say=said.append))
+    assert not said
+
+
+@pytest.mark.parametrize("kind", ["uint16", "uint64", "int8", ">i4"])
+def test_tokens_of_any_kind_of_integer(tmp_path, kind):
+    np.save(tmp_path / "t.npy", np.arange(6).reshape(2, 3).astype(kind))
+    assert layers.tokens_of(tmp_path / "t.npy").tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.bool_, np.str_, np.complex64])
+def test_tokens_that_are_no_integers_are_named(tmp_path, kind):
+    np.save(tmp_path / "t.npy", np.ones((2, 3), kind))
+    with pytest.raises(ValueError, match=r"t.npy: expected token indices .* got .* \[2, 3\]"):
+        layers.tokens_of(tmp_path / "t.npy")
+
+
+def test_a_file_that_is_no_npy_is_named(tmp_path):
+    np.savez(tmp_path / "t.npz", a=np.ones(2))
+    (tmp_path / "t.npz").rename(tmp_path / "zip.npy")
+    (tmp_path / "text.npy").write_text("1 2 3")
+    for name in ("zip.npy", "text.npy"):
+        with pytest.raises(ValueError, match=f"{name}: expected token indices"):
+            layers.tokens_of(tmp_path / name)
 
 
 def test_without_matplotlib(monkeypatch):

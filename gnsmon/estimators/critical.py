@@ -57,13 +57,16 @@ def fit_critical_batch(
         level: of the interval.
 
     Raises:
-        ValueError: on lengths that differ, or a batch size or number of steps that is not positive.
+        ValueError: on lengths that differ, a batch size or number of steps that is not positive, or
+            a level outside (0, 1).
 
     Example:
         >>> fit = fit_critical_batch([2, 8, 32, 128], [170.0, 50, 20, 12.5])
         >>> round(fit.b_crit, 6), round(fit.s_min, 6), fit.status
         (32.0, 10.0, 'ok')
     """
+    if not 0 < level < 1:
+        raise ValueError(f"expected 0 < level < 1, such as 0.95, got {level}")
     points = _points(batch_sizes, steps)
     if len(points.size) < LEAST:
         found = f"{len(points.size)} batch sizes of which every run reached the target"
@@ -75,9 +78,7 @@ def fit_critical_batch(
     low, high = _ends(points, b, most)
     smallest, largest = float(points.size.min()), float(points.size.max())
     if (low is None or b < smallest) and (high is None or b > largest):
-        return _undefined("the steps fall neither like 1 / B nor stay the same")
-    if low is None and high is None:
-        return _undefined("neither end of its interval is known")
+        return _undefined("the scatter leaves open steps that stay the same and steps like 1 / B")
     scatter = float(np.sqrt(least / points.weight.sum()))
     if b < smallest:
         reason = f"the best curve has it below the smallest batch, {smallest:g}"

@@ -37,17 +37,23 @@ def make(
         checkpoint: folder of a Hugging Face causal language model, for figure 3.
         tokens: .npy file of token indices [N, T] for that model.
         validation: file of measured critical batches, for figure 2b; may not exist.
-        options: of the command that is written beside each figure, after a space.
+        options: further ones of the command that is written beside each figure, after a space.
         say: told what is being done.
 
     Raises:
-        ValueError: on another name, or tokens without a checkpoint.
+        ValueError: on another name, tokens without a checkpoint or that are none, or a checkpoint
+            without figure 3.
+        FileNotFoundError: if there is no model in the checkpoint's folder.
         ImportError: without matplotlib, before anything is measured.
     """
     if unknown := [name for name in only if name not in NAMES]:
         raise ValueError(f"expected figures among {', '.join(NAMES)}, got {', '.join(unknown)}")
     if tokens is not None and checkpoint is None:
         raise ValueError("tokens are for a checkpoint: name its folder too")
+    if checkpoint is not None:
+        if "3" not in only:
+            raise ValueError(f"a checkpoint is for figure 3, got figures {', '.join(only)} alone")
+        _need_files(checkpoint, tokens)
     _need_matplotlib()
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +61,22 @@ def make(
         for name in NAMES:
             if name in only:
                 say(f"figure {name}")
-                yield from book.page(name).write(out, f"gnsmon figures --only {name}{options}")
+                model = _of_model(checkpoint, tokens) if name == "3" else ""
+                command = f"gnsmon figures --only {name}{model}{options}"
+                yield from book.page(name).write(out, command)
+
+
+def _need_files(checkpoint: Path, tokens: Path | None) -> None:
+    from gnsmon.figures import layers
+
+    layers.need_model(checkpoint)
+    if tokens is not None:
+        layers.tokens_of(tokens)
+
+
+def _of_model(checkpoint: Path | None, tokens: Path | None) -> str:
+    named = {"checkpoint": checkpoint, "tokens": tokens}
+    return "".join(f" --{key} {path.name}" for key, path in named.items() if path is not None)
 
 
 def _need_matplotlib() -> None:

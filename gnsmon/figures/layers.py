@@ -146,14 +146,13 @@ def hugging_face(
         raise ImportError(
             'a Hugging Face checkpoint needs transformers: pip install "gnsmon[transformers]"'
         ) from error
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder}: expected a folder with config.json and weights, as save_pretrained writes"
-        )
+    need_model(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     context = min(context, getattr(model.config, "max_position_embeddings", None) or context)
     if tokens is not None:
-        what, parts = "given tokens", _given(tokens, batch, model.config.vocab_size)
+        positions = getattr(model.config, "max_position_embeddings", None)
+        parts = _given(tokens, batch, model.config.vocab_size, positions)
+        what = "given tokens"
     else:
         generator = torch.Generator().manual_seed(seed)
         what, stream = _stream(folder, model.config.vocab_size, generator)
@@ -167,7 +166,15 @@ def hugging_face(
     return Checkpoint(about, model, _causal_loss, parts)
 
 
-def _given(tokens: Tensor, batch: int, vocabulary: int) -> list[Tensor]:
+def need_model(folder: Path) -> None:
+    """FileNotFoundError unless `folder` looks like one that `save_pretrained` wrote."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder}: expected a folder with config.json and weights, as save_pretrained writes"
+        )
+
+
+def _given(tokens: Tensor, batch: int, vocabulary: int, positions: int | None) -> list[Tensor]:
     whole = tokens.ndim == 2 and not tokens.is_floating_point() and tokens.shape[1] > 1
     if not whole or len(tokens) < 2 * batch:
         raise ValueError(
@@ -178,6 +185,11 @@ def _given(tokens: Tensor, batch: int, vocabulary: int) -> list[Tensor]:
         raise ValueError(
             f"tokens: expected indices from 0 to {vocabulary - 1}, got {int(tokens.min())} to "
             f"{int(tokens.max())}"
+        )
+    if positions is not None and tokens.shape[1] > positions:
+        raise ValueError(
+            f"tokens: expected at most {positions} to a sequence, as many as the model has "
+            f"positions, got {tokens.shape[1]}"
         )
     return list(tokens.long()[: len(tokens) // batch * batch].split(batch))
 
@@ -271,8 +283,13 @@ def tokens_of(file: Path) -> Tensor:
     """The matrix of token indices in a .npy file.
 
     Raises:
-        ValueError: on another kind of file.
+        ValueError: on another kind of file, or another kind of numbers.
     """
-    if file.suffix != ".npy":
-        raise ValueError(f"{file}: expected token indices [N, T] in a .npy file")
-    return torch.from_numpy(np.load(file, allow_pickle=False))
+    expected = f"{file}: expected token indices [N, T] in a .npy file"
+    with file.open("rb") as stream:
+        if stream.read(6) != b"\x93NUMPY":
+            raise ValueError(expected)
+    kept = np.load(file, allow_pickle=False)
+    if kept.dtype.kind not in "iu":
+        raise ValueError(f"{expected}, got {kept.dtype} {list(kept.shape)}")
+    return torch.from_numpy(kept.astype(np.int64))  # torch 2.13 finds no least of uint16

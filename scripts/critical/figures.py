@@ -32,12 +32,14 @@ def draw(problem: Problem, found: list[Finding], path: Path) -> None:
         steps.set(xlabel="batch size (examples)", ylabel="steps to the held-out loss")
         frontier.set(xlabel="steps", ylabel="examples")
         noise.set(xlabel="held-out loss (training goes to the right)", ylabel="examples")
-        for axes in (steps, frontier, noise):
+        drawn = [axes for axes in (steps, frontier, noise) if np.isfinite(axes.dataLim.minpos[1])]
+        for axes in drawn:  # nothing has no logarithm
             axes.set_yscale("log")
         noise.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         noise.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
         for axes in (steps, frontier):
-            axes.set_xscale("log", base=2 if axes is steps else 10)
+            if axes in drawn:
+                axes.set_xscale("log", base=2 if axes is steps else 10)
             axes.legend()
         steps.set_xticks(problem.batch_sizes, [str(size) for size in problem.batch_sizes])
         steps.set_title(f"{problem.name}: steps, best learning rate")

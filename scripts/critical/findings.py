@@ -99,13 +99,13 @@ def _estimate(along: list[dict[str, Any]]) -> Estimate:
     return Estimate(b_simple, b_simple / factor, b_simple * factor)
 
 
-def to_json(results: dict[str, list[Finding]]) -> str:
-    """The numbers alone: problem -> targets."""
+def to_json(results: dict[str, list[Finding]], others: dict[str, Any]) -> str:
+    """The numbers alone: problem -> targets; those of `others` that are not in `results` stay."""
     problems = {
         name: {"targets": [_numbers(finding) for finding in found]}
         for name, found in results.items()
     }
-    return json.dumps({"problems": problems}, indent=1) + "\n"
+    return json.dumps({"problems": {**others, **problems}}, indent=1) + "\n"
 
 
 def _numbers(finding: Finding) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def _alone(problem: Problem, size: int, last: Finding, records: Records) -> floa
 def write(path: Path, problems: list[Problem], records: Records) -> dict[str, list[Finding]]:
     """Put tables between the marks of the document, figures and validation.json beside it.
 
-    A document that is not there yet is made.
+    A document that is not there yet is made. The numbers of other problems stay.
 
     Raises:
         ValueError: when the document has no marks for a problem.
@@ -226,7 +226,9 @@ def write(path: Path, problems: list[Problem], records: Records) -> dict[str, li
         part = f"![{problem.name}]({picture})\n\n{tables(problem, found, records)}"
         text = f"{before}{begin}\n\n{part}\n\n{end}{after}"
     path.write_text(text)
-    path.with_suffix(".json").write_text(to_json(results))
+    numbers = path.with_suffix(".json")
+    others = json.loads(numbers.read_text())["problems"] if numbers.exists() else {}
+    numbers.write_text(to_json(results, others))
     return results
 
 

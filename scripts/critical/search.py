@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, fields
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -149,8 +151,7 @@ def measure(
         while plan := _plan(problems, records, set()):
             _save(path, records, train(plan[0]), show, problems)
         return records
-    context = get_context("spawn")  # a fork would inherit torch's threads
-    with path.open("a"), ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with path.open("a"), workers_of(workers) as pool:
         running: dict[Future[dict[str, Any]], Run] = {}
         _fill(pool, running, problems, records, workers)
         while running:
@@ -159,6 +160,22 @@ def measure(
                 _save(path, records, future.result(), show, problems)
             _fill(pool, running, problems, records, workers)
     return records
+
+
+def workers_of(count: int) -> ProcessPoolExecutor:
+    """Processes that end with this one, even if it is killed: by themselves they wait for ever."""
+    context = get_context("spawn")  # a fork would inherit torch's threads
+    return ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    def end() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    Thread(target=end, daemon=True).start()
 
 
 def load(path: Path, problems: Iterable[Problem]) -> Records:
