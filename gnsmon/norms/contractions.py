@@ -58,18 +58,20 @@ def outer_sum_and_sq_norms(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _in_turn(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    total = _total(left, right).zero_()
-    gradient = torch.empty_like(total, dtype=left.dtype)
-    # A bmm of one matrix is slower than its mm.
-    product, mine = (torch.mm, gradient[0]) if len(total) == 1 else (torch.bmm, gradient)
-    if len(total) == 1:
-        left, right = left[:, 0], right[:, 0]
-    norms = []
-    for x, y in zip(left.mT.unbind(), right.unbind(), strict=True):
-        product(x, y, out=mine)
-        norms.append(square_sum(gradient))
-        total += gradient
-    return total, torch.stack(norms)
+    total, product = _total(left, right), torch.bmm
+    mine, norms = total, total.new_empty(len(left), *total.shape[:2])
+    if len(total) == 1:  # a bmm of one matrix is slower than its mm
+        left, right, mine, norms, product = left[:, 0], right[:, 0], total[0], norms[:, 0], torch.mm
+    gradient = torch.empty_like(mine, dtype=left.dtype)
+    whole = gradient.dtype == mine.dtype  # the first is the sum so far, unless it has less digits
+    of_each = zip(left.mT.unbind(), right.unbind(), norms.unbind(), strict=True)
+    for i, (x, y, rows) in enumerate(of_each):
+        into = gradient if i or not whole else mine
+        product(x, y, out=into)
+        torch.linalg.vector_norm(wide(into), dim=-1, out=rows)
+        if into is gradient:
+            mine.add_(gradient) if i else mine.copy_(gradient)
+    return total, norms.square_().flatten(1).sum(1)
 
 
 _in_turn_op = torch.library.custom_op(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,18 +23,27 @@ if TYPE_CHECKING:
 SETTINGS = ("stride", "padding", "dilation", "groups", "output_padding")
 
 CONVOLUTIONS = [f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)]
+OWN = ("input", "weight", "bias")  # in the order of a backward's gradients
 
 
-class _Unpacked(NamedTuple):
-    saved_tensors: tuple[Tensor]  # which a checkpoint gives but once
+class Taken(NamedTuple):
+    """What a backward that is ours needs of the layer, and has found so far."""
+
+    x: Tensor
+    weight: Tensor
+    normed: Sequence[Tensor]  # what a norm layer normalised by
+    product: Callable[[], Tensor]  # the weight's gradient as autograd makes it
+    gradients: dict[str, Tensor]  # by the names of `OWN`
 
 
 class FusedTap(torch.autograd.Function):
     """The layer's output, whose backward is the layer's own with the statistics on top.
 
-    The weight's gradient is the sum of the examples' gradients, which are squared on the way. What
-    the layer itself had recorded for its backward is dropped with its output's graph: `y` comes
-    detached. A gradient of gradients, and whatever goes wrong, takes the usual products.
+    Where that pays, the weight's gradient is the sum of the examples' gradients, which are squared
+    on the way; else it is made as autograd makes it. Either way it is known, and need not be made
+    again to be compared with `.grad`. What the layer itself had recorded for its backward is
+    dropped with its output's graph: `y` comes detached. A gradient of gradients, and whatever goes
+    wrong, takes the usual products.
     """
 
     @staticmethod
@@ -46,11 +56,12 @@ class FusedTap(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        *normed: Tensor,
     ) -> Tensor:
-        """`y`, which is the layer's output; the others are its arguments."""
+        """`y`, which is the layer's output; then its arguments, and what it normalised by."""
         # Where autograd does not read the weight's values, they may change before the backward.
-        read = torch.compiler.is_compiling() or x.requires_grad
-        ctx.save_for_backward(x, weight if read else None)
+        read = torch.compiler.is_compiling() or x.requires_grad or normed
+        ctx.save_for_backward(x, weight if read else None, *normed)
         ctx.tap, ctx.layout, ctx.weight_shape = tap, layout, weight.shape
         ctx.settings = {} if torch.compiler.is_compiling() else _settings(tap.module)
         ctx.set_materialize_grads(False)
@@ -60,26 +71,26 @@ class FusedTap(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of forward's arguments."""
         if dy is None:
-            return (None,) * 7
-        if torch.compiler.is_compiling():
+            return (None,) * len(ctx.needs_input_grad)
+        if not ctx.settings:
             return _gradients(ctx, dy)
         with _set(ctx.tap.module, ctx.settings):
             return _gradients(ctx, dy)
 
 
-def tapped(
-    tap: LayerTap, y: Tensor, layout: Layout | None, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
+def tapped(tap: LayerTap, y: Tensor, layout: Layout | None, x: Tensor) -> Tensor:
     """The layer's output `y` with its backward ours.
 
     Autocast has computed with copies, which it saved: what they were made of may since change.
     """
+    weight, bias = tap.module._parameters["weight"], tap.module._parameters.get("bias")
+    normed = tap.each.statistics(x, y) if tap.each is not None else ()
     x, weight = x.to(y.dtype), weight.to(y.dtype)
     if isinstance(tap.module, nn.Linear) and not torch.compiler.is_compiling():
         weight = weight.view_as(weight)  # as F.linear does, so that weight.data may be replaced
     bias = None if bias is None else bias.to(y.dtype)
     with without_autocast(y.device):
-        return FusedTap.apply(y.detach(), tap.leaf, tap, layout, x, weight, bias)
+        return FusedTap.apply(y.detach(), tap.leaf, tap, layout, x, weight, bias, *normed)
 
 
 def able(tap: LayerTap, x: tuple[Tensor, ...]) -> bool:
@@ -136,22 +147,21 @@ def _set(module: nn.Module, settings: dict[str, Any]) -> Iterator[None]:
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
+    x, weight, *normed = ctx.saved_tensors  # which a checkpoint gives but once
     if weight is None:
         weight = dy.new_empty(1).expand(ctx.weight_shape)  # its shape alone is read
-    statistics, sums = None, {}
-    if ctx.layout is not None:
-        with torch.no_grad(), without_autocast(dy.device):
-            statistics = ctx.tap.statistics(_Unpacked((x,)), dy, ctx.layout, sums)
+    backward = partial(ctx.tap.backward, ctx.tap.module, x, dy, weight)
+    statistics, taken = None, Taken(x, weight, normed, lambda: backward((False, True, False))[1], {})
+    with torch.no_grad(), without_autocast(dy.device):
+        if ctx.layout is not None:
+            statistics = ctx.tap.statistics(ctx, dy, ctx.layout, taken)
+    known = taken.gradients
     if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-        sums = {}
-    wanted = ctx.needs_input_grad[4:]
-    missing = tuple(
-        need and own not in sums
-        for need, own in zip(wanted, ("input", "weight", "bias"), strict=True)
-    )
+        known = {}
+    wanted = ctx.needs_input_grad[4:7]
+    missing = tuple(need and own not in known for need, own in zip(wanted, OWN, strict=True))
     with without_autocast(dy.device):
-        dx, *usual = ctx.tap.backward(ctx.tap.module, x, dy, weight, missing)
-    given = [sums.get(own, grad) for own, grad in zip(("weight", "bias"), usual, strict=True)]
-    given = [g if need else None for g, need in zip(given, wanted[1:], strict=True)]
-    return None, statistics, None, None, dx, *given
+        usual = backward(missing) if any(missing) else (None, None, None)
+    given = (known.get(own, grad) for own, grad in zip(OWN, usual, strict=True))
+    given = (grad if need else None for grad, need in zip(given, wanted, strict=True))
+    return None, statistics, None, None, *given, *(None,) * len(normed)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from gnsmon.norms.contractions import wide, wider
 from gnsmon.norms.convolved import Convolved
 from gnsmon.norms.forms import Dense, Form, Outer, Rows
+from gnsmon.norms.normalised import GROUP_NORM, LAYER_NORM, EachOf, differentiated
 
 IN_CACHE = 2**18  # numbers
 METHODS = ("forward", "_conv_forward")  # that a layer computes with
@@ -36,13 +37,17 @@ class _Entry(NamedTuple):
     rule: Rule
     refuse: Refuse | None
     backward: Backward | None
+    each: EachOf | None
 
 
 _TABLE: dict[type[nn.Module] | str, _Entry] = {}
 
 
 def rule(
-    *kinds: type[nn.Module] | str, refuse: Refuse | None = None, backward: Backward | None = None
+    *kinds: type[nn.Module] | str,
+    refuse: Refuse | None = None,
+    backward: Backward | None = None,
+    each: EachOf | None = None,
 ) -> Callable[[Rule], Rule]:
     """Decorator that makes a function the rule of the layer types `kinds`; the last one counts.
 
@@ -52,6 +57,7 @@ def rule(
         refuse: layer -> the reason why, as it is set up, it has no per-example gradient, or None.
         backward: the layer's backward as autograd has it, so that the product for the weight's
             gradient can be had from the examples' instead of being repeated; see `fused`.
+        each: for a norm layer, how that backward is made of those of the examples.
 
     Example:
         >>> class Scale(nn.Module):
@@ -68,7 +74,7 @@ def rule(
     """
 
     def register(fn: Rule) -> Rule:
-        _TABLE.update(dict.fromkeys(kinds, _Entry(fn, refuse, backward)))
+        _TABLE.update(dict.fromkeys(kinds, _Entry(fn, refuse, backward, each)))
         return fn
 
     return register
@@ -84,6 +90,12 @@ def find_backward(module: nn.Module) -> Backward | None:
     """The backward of `module`'s type, found as its rule is; None if its forward was replaced."""
     entry = _in_use(type(module))
     return None if entry is None or not _as_written(type(module)) else entry.backward
+
+
+def find_each(module: nn.Module) -> EachOf | None:
+    """How the backward that `find_backward` finds is made of its examples', where it is."""
+    entry = _in_use(type(module))
+    return None if entry is None else entry.each
 
 
 def refusal(module: nn.Module) -> str | None:
@@ -301,7 +313,12 @@ def _bags(starts: Tensor, total: int) -> tuple[Tensor, Tensor]:
     return at.where(inside, 0), inside
 
 
-@rule(nn.LayerNorm)
+@differentiated
+def _layer_norm(module: nn.LayerNorm, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+
+
+@rule(nn.LayerNorm, backward=_layer_norm, each=LAYER_NORM)
 def layer_norm(module: nn.LayerNorm, x: Tensor, dy: Tensor) -> Forms:
     """d/d gamma = sum_t dy xhat, d/d beta = sum_t dy."""
     normalised = partial(F.layer_norm, normalized_shape=module.normalized_shape, eps=module.eps)
@@ -315,7 +332,12 @@ def rms_norm(module: nn.RMSNorm, x: Tensor, dy: Tensor) -> Forms:
     return _affine(module, normalised, x, dy, _to_last(len(module.normalized_shape)))
 
 
-@rule(nn.GroupNorm)
+@differentiated
+def _group_norm(module: nn.GroupNorm, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.group_norm(x, module.num_groups, weight, bias, module.eps)
+
+
+@rule(nn.GroupNorm, backward=_group_norm, each=GROUP_NORM)
 def group_norm(module: nn.GroupNorm, x: Tensor, dy: Tensor) -> Forms:
     """d/d gamma = sum over positions of dy xhat."""
     normalised = partial(F.group_norm, num_groups=module.num_groups, eps=module.eps)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from gnsmon.norms import fused, links, plans
 from gnsmon.norms.contractions import wider
 from gnsmon.norms.directions import Direction, look_elsewhere, share_memory
-from gnsmon.norms.forms import Form
+from gnsmon.norms.forms import Dense, Form
 from gnsmon.norms.inputs import (
     Announce,
     Inert,
@@ -35,6 +35,7 @@ from gnsmon.norms.layout import (
     leading,
 )
 from gnsmon.norms.metric import Factored
+from gnsmon.norms.plans import Plan
 from gnsmon.norms.replay import (
     Call,
     bypasses,
@@ -43,7 +44,7 @@ from gnsmon.norms.replay import (
     refuse_replay,
     replay,
 )
-from gnsmon.norms.rules import coupling, find_backward, find_rule, refusal
+from gnsmon.norms.rules import coupling, find_backward, find_each, find_rule, refusal
 from gnsmon.norms.sketch import SUBSPACE, Sketch
 from gnsmon.norms.ways import WAYS, Help
 
@@ -136,6 +137,7 @@ class LayerTap:
         self.ways: tuple[str, ...] = ()  # that the present step asks of this layer
         self.shared = False  # whether a parameter is used more than once
         self.backward = find_backward(module) if taps.engine != "hooks" else None
+        self.each = find_each(module)
         # Of inputs of some shape, whether the backward was taken over: see `_takes_over`.
         self._taken: dict[tuple[Any, ...], bool] = {}
         # A layer of the user's, or cuDNN's LSTM, may save its own output; an alias would hide a
@@ -190,8 +192,7 @@ class LayerTap:
         if layout is not None and links.possible(self):
             y = links.tapped(self, y, layout, x)
         elif self._takes_over(x, y, layout):
-            own = module._parameters
-            y = fused.tapped(self, y, layout, *x, own["weight"], own.get("bias"))
+            y = fused.tapped(self, y, layout, *x)
         else:
             y = _Tap.apply(y, self.leaf, self, layout, *x)
         return y if at is None else type(output)((*output[:at], y, *output[at + 1 :]))
@@ -201,7 +202,9 @@ class LayerTap:
         if self.backward is None or not fused.able(self, x):
             return False
         if torch.compiler.is_compiling():
-            return layout is not None and self._pays(x, y, layout)
+            return self.each is None and layout is not None and self._pays(x, y, layout)
+        if self.each is not None and _in_checkpoint():  # what it has saved must not be asked for
+            return False
         shapes = x[0].shape, y.shape, y.dtype
         if shapes not in self._taken:
             # Known inside a checkpoint only when it is computed again, it would save other tensors.
@@ -214,23 +217,33 @@ class LayerTap:
         return self._taken[shapes]
 
     def _pays(self, x: tuple[Tensor, ...], y: Tensor, layout: Layout) -> bool:
-        """Whether the exact norms are had fastest by summing the examples' gradients."""
-        if self.shared or not self._wants_exact:
+        """Whether the layer's own gradients come cheaper with its statistics than beside them."""
+        compiling, forced = torch.compiler.is_compiling(), self.taps.engine == "fused"
+        if self.shared:
             return False
+        if self.each is not None:
+            if layout.rows_per_example > 1 or layout.batch_dim > 0:
+                return False
+            return self.each.statistics(*x, y) is not None and (forced or self.each.pays(*x))
         with torch.no_grad(), without_autocast(y.device):
             form = self.forms(x, y.detach(), layout)["weight"]
             if layout.rows_per_example > 1:
                 form = form.regroup(layout.batch)
-            if self.taps.engine == "fused":
-                return any(plan.fused for plan in form.plans.values())
-            if form.batch * form.sum_work < plans.SMALL:
+            if not forced and form.batch * form.sum_work < plans.SMALL:
                 return False  # nothing to gain, and the gradients stay bitwise as they are
-            if not torch.compiler.is_compiling():
+            if self._wants_exact and not (compiling or forced):
                 plans.tune(form)
-            sketch = self.sketches.get("weight") if "exact" not in self.ways else None
-            if sketch is not None and sketch.pays(form, fused=True):
-                return False
-            return plans.chosen(form, fusable=True).fused is not None
+        return True
+
+    def _plan(self, form: Form) -> Plan | None:
+        """The plan by which the weight's exact norms come with the sum of the gradients, if any."""
+        sketch = self.sketches.get("weight") if "exact" not in self.ways else None
+        if not self._wants_exact or sketch is not None and sketch.pays(form, fused=True):
+            return None
+        if self.taps.engine == "fused":
+            return next((plan for plan in form.plans.values() if plan.fused), None)
+        plan = plans.chosen(form, fusable=True)
+        return plan if plan.fused else None
 
     def _tapped(self, output: Any) -> tuple[int | None, Tensor | None]:
         """The output tensor that is tapped, and where it is among several."""
@@ -377,19 +390,18 @@ class LayerTap:
     # What a backward brings.
 
     def statistics(
-        self, ctx: Any, dy: Tensor, layout: Layout, sums: dict[str, Tensor] | None = None
+        self, ctx: Any, dy: Tensor, layout: Layout, taken: fused.Taken | None = None
     ) -> Tensor:
         """The gradient of `leaf`: see the class.
 
-        With `sums`, the gradients of the layer's own parameters that come with it are put there.
+        With `taken`, the gradients of the layer that come with it are put there.
         """
         if torch.compiler.is_compiling():
-            return self.vector(self.forms(ctx.saved_tensors, dy, layout), layout, sums)
+            return self.vector(self._forms_of(ctx, dy, layout, taken), layout, taken)
         taps, task = self.taps, torch._C._current_graph_task_id()
         taps.fired.add((task, layout.serial, layout.batch))
         try:
-            pieces = self._statistics(ctx.saved_tensors, dy, layout, sums)
-            taps.brought.append(Brought(task, self, pieces))
+            taps.brought.append(Brought(task, self, self._statistics(ctx, dy, layout, taken)))
         except Exception as error:
             if taps.strict and self.rule is not None:
                 raise
@@ -398,11 +410,22 @@ class LayerTap:
         return self._nothing
 
     def _statistics(
-        self, x: Sequence[Tensor], dy: Tensor, layout: Layout, sums: dict[str, Tensor] | None
+        self, ctx: Any, dy: Tensor, layout: Layout, taken: fused.Taken | None
     ) -> list[Tensor | Fill]:
         if layout.call is not None:
-            return self._replayed(layout.call, x, dy, layout)
-        return self._pieces(self.forms(x, dy, layout), layout, sums)
+            return self._replayed(layout.call, ctx.saved_tensors, dy, layout)
+        return self._pieces(self._forms_of(ctx, dy, layout, taken), layout, taken)
+
+    def _forms_of(
+        self, ctx: Any, dy: Tensor, layout: Layout, taken: fused.Taken | None
+    ) -> dict[str, Form]:
+        if taken is None:
+            return self.forms(ctx.saved_tensors, dy, layout)
+        if self.each is None:
+            return self.forms((taken.x,), dy, layout)
+        own = self.each.backward(self.module, taken.x, dy, taken.weight, *taken.normed)
+        taken.gradients["input"], gradients = own
+        return {name: Dense(gradient) for name, gradient in gradients.items()}
 
     def forms(self, x: Sequence[Tensor], dy: Tensor, layout: Layout) -> dict[str, Form]:
         """What the layer's rule gives, by the layer's own names."""
@@ -436,15 +459,15 @@ class LayerTap:
         return next((a for a in (axis, 0) if t.ndim > a and t.shape[a] == rows), None)
 
     def vector(
-        self, forms: Mapping[str, Form], layout: Layout, sums: dict[str, Tensor] | None = None
+        self, forms: Mapping[str, Form], layout: Layout, taken: fused.Taken | None = None
     ) -> Tensor:
         """The vector of the class's docstring."""
-        like, pieces = self.probe, self._pieces(forms, layout, sums)
+        like, pieces = self.probe, self._pieces(forms, layout, taken)
         filled = [p.on(like) if isinstance(p, Fill) else p.to(like.dtype) for p in pieces]
         return torch.cat([piece.reshape(-1) for piece in filled])
 
     def _pieces(
-        self, forms: Mapping[str, Form], layout: Layout, sums: dict[str, Tensor] | None = None
+        self, forms: Mapping[str, Form], layout: Layout, taken: fused.Taken | None = None
     ) -> list[Tensor | Fill]:
         """The vector of the class's docstring, before it is put together."""
         if layout.rows_per_example > 1:
@@ -455,7 +478,8 @@ class LayerTap:
             uses = {name: forms[own] for own, name in self.pairs() if own in forms}
             self.taps.deferred.append((torch._C._current_graph_task_id(), uses))
         mine = {} if deferred else forms
-        known = {} if deferred or sums is None else self._fused(forms, sums)
+        known = {} if deferred or taken is None else self._take(forms, taken)
+        sums = {} if taken is None else taken.gradients
         pieces: list[Tensor | Fill] = [Fill(layout.batch, 1)]
         each = known
         if self.taps.wants_each and "exact" in self.ways and not compiled:
@@ -472,7 +496,7 @@ class LayerTap:
         for own in self.owned:
             if own not in mine:
                 pieces.append(Fill(0.0, self.rows[own]))
-            elif own in known:
+            elif own in sums:
                 pieces.append(self.directions[own].along(sums[own])[1])
             else:
                 direction = self.directions[own]
@@ -487,17 +511,17 @@ class LayerTap:
         self.taps.each.extend(Each(task, name[own], norms[own]) for own in norms)
         return norms
 
-    def _fused(self, forms: Mapping[str, Form], sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The squared norms that come with the sum of the gradients, which goes to `sums`."""
-        if not self._wants_exact:
-            return {}
-        plan = plans.chosen(forms["weight"], fusable=True)
-        if plan.fused is None:
-            return {}
-        sums["weight"], norms = plan.fused(forms["weight"])
-        if "bias" in forms:
-            sums["bias"] = forms["bias"].sum()
-        return {"weight": norms}
+    def _take(self, forms: Mapping[str, Form], taken: fused.Taken) -> dict[str, Tensor]:
+        """Put the layer's gradients into `taken`; the exact norms [B] that came with them."""
+        known, sums = {}, taken.gradients
+        for own, form in forms.items():
+            if self.each is not None or own != "weight":
+                sums[own] = form.sum()
+            elif plan := self._plan(form):
+                sums[own], known[own] = plan.fused(form)
+            else:
+                sums[own] = taken.product()
+        return known
 
 
 class Taps:

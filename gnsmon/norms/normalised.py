@@ -1,0 +1,112 @@
+"""The backward of norm layers that gives each example's gradients on the way to their sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+SMALL = 2**18  # numbers of an input below which the layer's own backward is kept
+LOOP = {"cpu": 2**15}  # numbers of an example that are worth calls of their own
+LOOP_ELSEWHERE = 2**20
+
+Gradients = tuple[Tensor, dict[str, Tensor]]  # of the input, and of each example by own name
+
+
+class EachOf(NamedTuple):
+    """How the backward of a type of layers is made of those of its examples.
+
+    It reads what the layer's own forward has found of each example, the mean and 1 / deviation,
+    from the node `node` of its output's graph, so that nothing is normalised again.
+    """
+
+    node: str
+    backward: Callable[[Any, Tensor, Tensor, Tensor, Tensor, Tensor], Gradients]
+    pays: Callable[[Tensor], bool]  # for an input
+
+    def statistics(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Those of the output y of an input x; None where they cannot be had."""
+        plain = y.dtype == x.dtype and x.dtype in (torch.float32, torch.float64)
+        if not plain or not x.is_contiguous() or y.grad_fn is None:
+            return None
+        if y.grad_fn.name() != self.node:
+            return None
+        return y.grad_fn._saved_result1, y.grad_fn._saved_result2  # type: ignore[attr-defined]
+
+
+def differentiated(layer: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+    """The backward of `layer(module, x, weight, bias)`, for where the examples' are not wanted.
+
+    It can be differentiated again.
+    """
+
+    def backward(
+        module: Any, x: Tensor, dy: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, ...]:
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            own = [t.view_as(t) if again else t.detach().requires_grad_() for t in (x, weight)]
+            own.append(torch.zeros_like(weight, requires_grad=True))  # whatever the bias is
+            asked = [t for t, want in zip(own, wanted, strict=True) if want]
+            if not asked:
+                return None, None, None
+            found = iter(torch.autograd.grad(layer(module, *own), asked, dy, create_graph=again))
+        return tuple(next(found) if want else None for want in wanted)
+
+    return backward
+
+
+def _layer_norm(
+    module: nn.LayerNorm, x: Tensor, dy: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> Gradients:
+    """One example after the other."""
+    shape, bias = list(module.normalized_shape), module.bias
+    dx, found = torch.empty_like(x), []
+    for into, *example in zip(*(t.unbind() for t in (dx, dy, x, mean, rstd)), strict=True):
+        mine, own, mean, rstd = example
+        grad, *of_own = torch.ops.aten.native_layer_norm_backward(
+            mine, own, shape, mean, rstd, weight, bias, [True, True, bias is not None]
+        )
+        into.copy_(grad)
+        found.append(of_own)
+    gradients = {"weight": torch.stack([of_weight for of_weight, _ in found])}
+    if bias is not None:
+        gradients["bias"] = torch.stack([of_bias for _, of_bias in found])
+    return dx, gradients
+
+
+def _group_norm(
+    module: nn.GroupNorm, x: Tensor, dy: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
+) -> Gradients:
+    """The channels of all examples as those of one."""
+    batch, channels, *size = x.shape
+    one = (1, batch * channels, *size)
+    dx, of_weight, of_bias = torch.ops.aten.native_group_norm_backward(
+        dy.reshape(one),
+        x.view(one),
+        mean.view(1, -1),
+        rstd.view(1, -1),
+        weight.repeat(batch),
+        1,
+        batch * channels,
+        prod(size),
+        batch * module.num_groups,
+        [True, True, True],
+    )
+    shape = batch, channels
+    return dx.view_as(x), {"weight": of_weight.view(shape), "bias": of_bias.view(shape)}
+
+
+def _many(x: Tensor) -> bool:
+    return x.numel() >= SMALL
+
+
+def _large(x: Tensor) -> bool:
+    return _many(x) and x[0].numel() >= LOOP.get(x.device.type, LOOP_ELSEWHERE)
+
+
+LAYER_NORM = EachOf("NativeLayerNormBackward0", _layer_norm, _large)
+GROUP_NORM = EachOf("NativeGroupNormBackward0", _group_norm, _many)
