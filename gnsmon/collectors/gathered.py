@@ -40,7 +40,8 @@ class Gathered:
             self._add(some)
 
     def _add(self, brought: Sequence[Brought]) -> None:
-        tensors = [p.reshape(-1) for b in brought for p in b.pieces if isinstance(p, Tensor)]
+        every = (p for b in brought for p in b.pieces if isinstance(p, Tensor))
+        tensors = [p if p.ndim == 1 else p.reshape(-1) for p in every]
         key = tuple(
             (b.tap, tuple(p.numel() if isinstance(p, Tensor) else p for p in b.pieces))
             for b in brought

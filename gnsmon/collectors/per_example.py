@@ -146,8 +146,6 @@ class PerExample:
             self.names, self.taps.slots, of_rows.astype(np.intp), metric is not None
         )
         self._sizes = rows
-        ones = {name: d for name, d in self.taps.directions.items() if len(d.signs) == 1}
-        self._signs = {name: float(d.signs[0]) for name, d in ones.items()}
         self._backwards = Backwards(
             model, ended=self._harvest, discarded=self._discard, strict=strict
         )
@@ -274,7 +272,7 @@ class PerExample:
                 if self._metric and name in self._metric.known:
                     self._in_metric[name] = square_sum(self._metric.factored[name].scaled(grad))
                 direction = taps.directions.get(name)
-                if direction is None or direction.rows is not None or grad.ndim != 1:
+                if direction is None or not direction.whole or grad.ndim != 1:
                     self._big[name] = square_sum(grad)
                     if direction is not None:
                         self._present[name], self._along[name] = direction.along(grad, start)
@@ -325,10 +323,10 @@ class PerExample:
                 else direction.signs.new_zeros(WAYS[way].width)
                 for way in self.taps.ways
             ]
-            pieces.append(form.sum_along(direction.signs, direction.rows))
+            pieces.append(direction.along_sum(form))
             if self.taps.wants_each and "exact" in asked:
                 self._passes[-1].each[name] = [form.sq_norms()]
-            joined = torch.cat([wide(piece) for piece in pieces])
+            joined = torch.cat([wide(piece).reshape(-1) for piece in pieces])
             self._shared[name] = self._shared.get(name, 0) + joined
             self._passes[-1].joined.add(name)
         uses.clear()
@@ -362,7 +360,7 @@ class PerExample:
             names, sizes = zip(*lengths, strict=True)
             for name, vector in zip(names, np.split(flat, np.cumsum(sizes)[:-1]), strict=True):
                 big[name] = np.square(vector).sum(keepdims=True)
-                along[name] = vector * self._signs[name]
+                along[name] = vector
         whole_sq_norm = sum(float(a[0]) for a in big.values())
         if not np.isfinite(whole_sq_norm):
             return Skipped("nonfinite", "the gradient has infinite or undefined values")

@@ -161,15 +161,16 @@ def known_sum(counts: Sequence[int | None]) -> int | None:
 def square_sum(gradient: Tensor) -> Tensor:
     """Sum of the squares."""
     gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return contractions.square_sum(gradient.detach())
+    return contractions.square_sum(gradient)
 
 
 def to_host(*groups: dict[Any, Tensor]) -> list[dict[Any, Array]]:
     """The same groups as float64 arrays [numel], by one copy."""
-    tensors = [tensor.detach().reshape(-1) for group in groups for tensor in group.values()]
+    every = (tensor for group in groups for tensor in group.values())
+    tensors = [tensor if tensor.ndim == 1 else tensor.reshape(-1) for tensor in every]
     device = tensors[0].device
     on_device = [t if t.device == device else t.to(device) for t in tensors]
-    flat = torch.cat(on_device).to("cpu", torch.float64).numpy()
+    flat = torch.cat(on_device).detach().to("cpu", torch.float64).numpy()
     ends = np.cumsum([tensor.numel() for tensor in tensors])
     pieces = iter(np.split(flat, ends[:-1]))
     return [{key: next(pieces) for key in group} for group in groups]

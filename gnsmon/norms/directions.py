@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gnsmon.norms.contractions import wider
+from gnsmon.norms.forms import Form
 
 NUMBERS = 2**16  # of a parameter that are looked at; more are sampled by rows
 LEAST = 16  # rows
@@ -28,7 +29,9 @@ class Direction:
         self.blocks = max(1, ceil(self._total / max(LEAST, NUMBERS // max(n, 1))))
         self.count = ceil(self._total / self.blocks)
         bits = torch.randint(0, 2, (n,), generator=generator)
-        signs = (2 * bits - 1) * sqrt(self.blocks)
+        # Of one axis each number is looked at by itself, whatever its sign.
+        signs = (2 * bits - 1 if p.ndim > 1 else torch.ones(n)) * sqrt(self.blocks)
+        self.whole = p.ndim < 2 and self.blocks == 1  # the parameter itself is all there is to see
         self.signs = signs.to(p.device, wider(p.dtype))
         self.first = 0
         self.suspect = False  # an error was seen in these rows; they are looked at until it is gone
@@ -50,14 +53,20 @@ class Direction:
         if not self.suspect:
             self.first = min(block * self.count, self._total - self.count)
 
+    def along_sum(self, form: Form) -> Tensor:
+        """The rows times d, of the sum of a form's gradients."""
+        return form.sum() if self.whole else form.sum_along(self.signs, self.rows)
+
     def along(self, gradient: Tensor, start: int = 0) -> tuple[int, Tensor]:
         """The rows times d, of those which a gradient has that begins at row `start`.
 
         Also how many of them come before.
         """
+        if self.whole:
+            return start, gradient
         dense = gradient.to_dense() if gradient.is_sparse else gradient
         # Not -1, for there may be no numbers at all.
-        matrix = dense.detach().reshape(dense.shape[0] if dense.ndim else 1, len(self.signs))
+        matrix = dense.reshape(dense.shape[0] if dense.ndim else 1, len(self.signs))
         rows, before = self.rows, 0
         if isinstance(rows, Tensor):
             some = matrix.index_select(0, rows)

@@ -44,6 +44,10 @@ class Form(Protocol):
         """Exact squared norm of each example's gradient, [B], float32 or wider."""
         ...
 
+    def sum_sq_norms(self) -> Tensor:
+        """Their sum over the examples, a scalar."""
+        return self.sq_norms().sum()
+
     def sogns_sq_norms(self, *, unit_variance: bool = False) -> Tensor:
         """Squared norms [B] as SOGNS approximates them: see `contractions.sogns_sq_norms`.
 
@@ -126,9 +130,11 @@ class Outer(Form):
                 f"Outer: the factors give a gradient {list(matrix)}, which cannot be viewed as a "
                 f"parameter of shape {list(shape)}"
             )
-        dtype = torch.promote_types(left.dtype, right.dtype)
-        object.__setattr__(self, "left", left.to(dtype))
-        object.__setattr__(self, "right", right.to(dtype))
+        if left.dtype != right.dtype:
+            dtype = torch.promote_types(left.dtype, right.dtype)
+            left, right = left.to(dtype), right.to(dtype)
+        object.__setattr__(self, "left", left)
+        object.__setattr__(self, "right", right)
         object.__setattr__(self, "shape", shape)
 
     @property
@@ -136,7 +142,8 @@ class Outer(Form):
         return len(self.left)
 
     def sq_norms(self) -> Tensor:  # noqa: D102
-        return plans.chosen(self).sq_norms(self)
+        plan = self.plans["gram"] if self.positions == 1 else plans.chosen(self)
+        return plan.sq_norms(self)
 
     @property
     def signature(self) -> Hashable:  # noqa: D102
@@ -305,6 +312,9 @@ class Dense(Form):
 
     def sq_norms(self) -> Tensor:  # noqa: D102
         return squares(self.grad[:, None].flatten(1), 1)
+
+    def sum_sq_norms(self) -> Tensor:  # noqa: D102
+        return contractions.square_sum(self.grad)
 
     def sogns_sq_norms(self, *, unit_variance: bool = False) -> Tensor:  # noqa: D102
         return self.sq_norms()

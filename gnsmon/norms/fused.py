@@ -113,7 +113,7 @@ def able(tap: LayerTap, x: tuple[Tensor, ...]) -> bool:
     if nn.modules.module._global_forward_hooks or _replaced():
         return False
     first = next(iter(module._forward_hooks.values()), None)
-    plain = all(type(t.data) is Tensor for t in (x[0], own["weight"]))
+    plain = all(type(t) in (Tensor, nn.Parameter) for t in (x[0], own["weight"]))
     usual = x[0].is_floating_point() and x[0].layout == torch.strided
     return first is tap and plain and usual and own["weight"].requires_grad
 

@@ -60,7 +60,7 @@ def given_on(y: Tensor, *, alias: bool) -> Tensor:
     """
     if torch.compiler.is_compiling() or not alias:
         return y.clone()
-    return torch.ops.aten._unsafe_view(y, y.shape)
+    return torch.ops.aten._unsafe_view.default(y, y.shape)
 
 
 def in_backward() -> bool:

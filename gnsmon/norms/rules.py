@@ -160,8 +160,8 @@ def _linear_backward(
 @rule(nn.Linear, "transformers.models.falcon.*.FalconLinear", backward=_linear_backward)
 def linear(module: nn.Linear, x: Tensor, dy: Tensor) -> Forms:
     """Goodfellow 2015 for [B, I], its sum over positions for any rank."""
-    dy, x = _positions(dy), _positions(x)
-    return {"weight": Outer(dy, x.to(dy.dtype)), **_bias(module, dy, _to_last(1))}
+    weight = Outer(_positions(dy), _positions(x.to(dy.dtype)))
+    return {"weight": weight, **_bias(module, dy, _to_last(1))}
 
 
 def _conv1d_backward(
@@ -174,8 +174,8 @@ def _conv1d_backward(
 @rule("transformers.pytorch_utils.Conv1D", backward=_conv1d_backward)
 def hugging_face_conv1d(module: Any, x: Tensor, dy: Tensor) -> Forms:
     """A linear layer with its weight laid out [in, out]; GPT-2's."""
-    dy, x = _positions(dy), _positions(x)
-    return {"weight": Outer(x.to(dy.dtype), dy, inputs="left"), **_bias(module, dy, _to_last(1))}
+    weight = Outer(_positions(x.to(dy.dtype)), _positions(dy), inputs="left")
+    return {"weight": weight, **_bias(module, dy, _to_last(1))}
 
 
 @rule(nn.Bilinear)
@@ -381,7 +381,7 @@ def prelu(module: nn.PReLU, x: Tensor, dy: Tensor) -> Forms:
 
 
 def _positions(t: Tensor) -> Tensor:  # [B, ..., d] -> [B, T, d]
-    return t[:, None].flatten(1, -2)
+    return t if t.ndim == 3 else t[:, None].flatten(1, -2)
 
 
 def _geometry(module: Any) -> tuple[tuple[int, ...], ...]:
@@ -422,13 +422,14 @@ def _to_last(axes: int) -> Callable[[Tensor], Tensor]:  # sums [B, ..., *last] t
     def total(t: Tensor) -> Tensor:
         if t.ndim == 1 + axes:
             return t
-        return t[:, None].flatten(1, -1 - axes).sum(1, dtype=wider(t.dtype))
+        positions = t if t.ndim == 2 + axes else t[:, None].flatten(1, -1 - axes)
+        return positions.sum(1, dtype=wider(t.dtype))
 
     return total
 
 
 def _to_channels(t: Tensor) -> Tensor:  # sums [B, C, ...] to [B, C]
-    return t[:, :, None].flatten(2).sum(2, dtype=wider(t.dtype))
+    return (t if t.ndim == 3 else t[:, :, None].flatten(2)).sum(2, dtype=wider(t.dtype))
 
 
 def _check_rank(module: nn.Module, x: Tensor, rank: int) -> None:

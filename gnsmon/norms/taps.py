@@ -499,8 +499,7 @@ class LayerTap:
             elif own in sums:
                 pieces.append(self.directions[own].along(sums[own])[1])
             else:
-                direction = self.directions[own]
-                pieces.append(mine[own].sum_along(direction.signs, direction.rows))
+                pieces.append(self.directions[own].along_sum(mine[own]))
         return [*pieces, Fill(float(compiled), 1), Fill(0.0, len(self.owned))]
 
     def _each(self, forms: Mapping[str, Form], known: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ class Way(NamedTuple):
     """How a form's squared norms are taken, summed over the examples."""
 
     width: int
-    # (form, what helps, its exact norms [B] if they are known) -> [width]: the sum and, of two,
+    # (form, what helps, its exact norms [B] if they are known) -> their sum, and in a width of two
     # its variance
     sums: Callable[[Form, Help, Tensor | None], Tensor]
     crossed: bool  # whether the links of a compiled graph bring its cross terms
@@ -31,22 +31,22 @@ class Help(NamedTuple):
 
 
 def _exact(form: Form, given: Help, known: Tensor | None = None) -> Tensor:
-    return (form.sq_norms() if known is None else known).sum().reshape(1)
+    return form.sum_sq_norms() if known is None else known.sum()
 
 
 def _factored(form: Form, given: Help, known: Tensor | None = None) -> Tensor:
     assert given.metric is not None
-    return given.metric.form(form).sq_norms().sum().reshape(1)
+    return given.metric.form(form).sum_sq_norms()
 
 
 def _sogns(form: Form, given: Help, known: Tensor | None = None) -> Tensor:
-    return form.sogns_sq_norms().sum().reshape(1)
+    return form.sogns_sq_norms().sum()
 
 
 def _sketch(form: Form, given: Help, known: Tensor | None = None) -> Tensor:
     if given.sketch is None or known is not None:  # a parameter too small for one
         exact = _exact(form, given, known)
-        return torch.cat([exact, torch.zeros_like(exact)])
+        return torch.stack([exact, torch.zeros_like(exact)])
     estimates, variance = given.sketch.sq_norms(form)
     return torch.stack([estimates.sum().to(variance.dtype), variance])
 
