@@ -148,7 +148,9 @@ def rows_inner(index: Tensor, value: Tensor, index2: Tensor, value2: Tensor) -> 
     return ((wide(value) @ wide(value2).mT) * meet).sum((1, 2))
 
 
-def sogns_sq_norms(left: Tensor, right: Tensor, *, unit_variance: bool = False) -> Tensor:
+def sogns_sq_norms(
+    left: Tensor, right: Tensor, *, unit_variance: bool = False, summed: Tensor | None = None
+) -> Tensor:
     """SOGNS approximation of `outer_sq_norms`, [B], at one pass over each factor.
 
     eta_b^2 = I sigma_b^2 |sum_t dy_bt|^2 with sigma_b^2 = sum_ti x_bti^2 / (T I), per group, for
@@ -160,9 +162,10 @@ def sogns_sq_norms(left: Tensor, right: Tensor, *, unit_variance: bool = False) 
         left: gradients at the output.
         right: activations at the input.
         unit_variance: their "naive" variant with sigma_b = 1 (appendix D).
+        summed: `left` summed over positions, [B, G, K], if that is known.
     """
     scale = _sigma_sq(right) if not unit_variance else right.shape[-1]
-    return (scale * squares(_summed(left), 2)).sum(1)
+    return (scale * squares(_summed(left) if summed is None else summed, 2)).sum(1)
 
 
 def sogns_big_sq_norm(left: Tensor, right: Tensor) -> Tensor:
@@ -190,12 +193,15 @@ def squares(t: Tensor, dim: int | tuple[int, ...]) -> Tensor:
 def square_sum(t: Tensor) -> Tensor:
     """The sum of all squares, a scalar in float32 or wider.
 
-    On the CPU by dot products, which need no copy; one of more than 2^20 float32 numbers would be
-    off by up to 1e-4.
+    On the CPU by norms of rows and by dot products, which need no copy; a dot product of more than
+    2^20 float32 numbers would be off by up to 1e-4.
     """
     if t.is_cuda or not t.is_contiguous():
         return wide(t).square().sum()
-    flat = wide(t).view(-1)
+    flat = wide(t)
+    if t.ndim > 1 and t.numel() > FEW and 64 <= t.numel() // len(t) <= FEW:  # by all threads
+        flat = torch.linalg.vector_norm(flat.flatten(1), dim=1)
+    flat = flat.view(-1)
     if len(flat) <= 2**18:
         return torch.dot(flat, flat)
     pieces = flat.split(2**18)

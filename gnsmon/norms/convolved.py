@@ -18,6 +18,11 @@ from gnsmon.norms.forms import Form, Outer, Shape, Some, chosen
 from gnsmon.norms.plans import Plan
 
 CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+SCATTER: dict[int, Callable[..., Tensor]] = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +36,7 @@ class Convolved(Form):
         stride, padding, dilation: of the convolution, one number an axis.
         groups: of channels.
         inputs: which of the two holds the layer's activations; see `Outer`.
+        summed: dy summed over positions [B, groups * k], where it is known.
     """
 
     x: Tensor
@@ -41,6 +47,7 @@ class Convolved(Form):
     dilation: Shape
     groups: int = 1
     inputs: Literal["left", "right"] = "right"
+    summed: Tensor | None = None
 
     plans: ClassVar[Mapping[str, Plan]]
 
@@ -105,7 +112,7 @@ class Convolved(Form):
 
     def examples(self, some: slice) -> Convolved:
         """The form of some of the examples."""
-        return replace(self, x=self.x[some], dy=self.dy[some])
+        return replace(self, x=self.x[some], dy=self.dy[some], summed=None)
 
     # Projections: convolutions with a few filters.
 
@@ -175,11 +182,24 @@ class Convolved(Form):
     def sogns_sq_norms(self, *, unit_variance: bool = False) -> Tensor:  # noqa: D102
         if self.inputs == "left" or unit_variance:
             return self.outer().sogns_sq_norms(unit_variance=unit_variance)
-        squared = self._by_group(wide(self.x).square()).sum(2).unflatten(2, self.x.shape[2:])
-        window = squared.new_ones(self.groups, 1, *self.shape[2:])
-        in_patches = self._convolve(squared, window, self.groups).flatten(2).sum(2)  # [B, G]
-        summed = self._by_group(self.dy).sum(3, dtype=squared.dtype)
+        pixels = torch.linalg.vector_norm(wide(self._by_group(self.x)), dim=2).square()
+        in_patches = pixels @ self._patches_at().flatten().to(pixels.dtype)  # [B, G]
+        summed = self.summed
+        if summed is None:
+            summed = self.dy.flatten(2).sum(2, dtype=pixels.dtype)
+        summed = summed.unflatten(1, (self.groups, -1))
         return (in_patches / self.positions * squares(summed, 2)).sum(1)
+
+    def _patches_at(self) -> Tensor:
+        """How many patches each pixel of the input is in."""
+        shape = self.shape[2:], self.x.shape[2:], self.stride, self.padding, self.dilation
+        rest = tuple(
+            (n + 2 * pad - apart * (k - 1) - 1) % step
+            for k, n, step, pad, apart in zip(*shape, strict=True)
+        )
+        ones = self.dy.new_ones(1, 1, *self.dy.shape[2:]), self.dy.new_ones(1, 1, *self.shape[2:])
+        scatter = SCATTER[len(self.stride)]
+        return scatter(*ones, None, self.stride, self.padding, rest, 1, self.dilation)
 
     def regroup(self, batch: int) -> Outer:  # noqa: D102
         return self.outer().regroup(batch)

@@ -107,12 +107,15 @@ class Outer(Form):
         shape: of the parameter, [G * m, ...] with n numbers behind; (G * m, n) if not given.
         inputs: which factor holds the layer's activations; only SOGNS, which takes them for noise,
             wants to know. "left" for weights laid out [in, out], as in ConvTranspose.
+        summed: the other factor, the output gradients, summed over positions, [B, G * size], where
+            a bias has it ready; for SOGNS too.
     """
 
     left: Tensor
     right: Tensor
     shape: Shape | None = None
     inputs: Literal["left", "right"] = "right"
+    summed: Tensor | None = None
 
     plans: ClassVar[Mapping[str, Plan]]
 
@@ -164,7 +167,8 @@ class Outer(Form):
         dy, x = self.left, self.right
         if self.inputs == "left":
             dy, x = x, dy
-        return contractions.sogns_sq_norms(dy, x, unit_variance=unit_variance)
+        summed = None if self.summed is None else self.summed.unflatten(1, (dy.shape[1], -1))
+        return contractions.sogns_sq_norms(dy, x, unit_variance=unit_variance, summed=summed)
 
     def sum(self, weights: Tensor | None = None) -> Tensor:  # noqa: D102
         left = self.left if weights is None else self.left * per_example(weights, self.left)

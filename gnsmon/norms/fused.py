@@ -110,19 +110,20 @@ def able(tap: LayerTap, x: tuple[Tensor, ...]) -> bool:
         return False
     if "forward" in vars(module) or "_conv_forward" in vars(module):
         return False
-    if nn.modules.module._global_forward_hooks or _replaced():
-        return False
     first = next(iter(module._forward_hooks.values()), None)
     plain = all(type(t) in (Tensor, nn.Parameter) for t in (x[0], own["weight"]))
     usual = x[0].is_floating_point() and x[0].layout == torch.strided
-    return first is tap and plain and usual and own["weight"].requires_grad
+    if not (first is tap and plain and usual and own["weight"].requires_grad):
+        return False
+    return not (nn.modules.module._global_forward_hooks or _replaced(module))
 
 
-def _replaced() -> bool:
+def _replaced(module: nn.Module) -> bool:
     """Whether the functions that layers call are not torch's own, as some libraries have it."""
-    if F.linear is not torch._C._nn.linear:
-        return True
-    if any(getattr(F, name) is not getattr(torch, name) for name in CONVOLUTIONS):
+    if isinstance(module, nn.modules.conv._ConvNd):
+        if any(getattr(F, name) is not getattr(torch, name) for name in CONVOLUTIONS):
+            return True
+    elif F.linear is not torch._C._nn.linear:
         return True
     if torch.compiler.is_compiling():
         return False
@@ -151,16 +152,19 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if weight is None:
         weight = dy.new_empty(1).expand(ctx.weight_shape)  # its shape alone is read
     backward = partial(ctx.tap.backward, ctx.tap.module, x, dy, weight)
-    statistics, taken = None, Taken(x, weight, normed, lambda: backward((False, True, False))[1], {})
-    with torch.no_grad(), without_autocast(dy.device):
-        if ctx.layout is not None:
-            statistics = ctx.tap.statistics(ctx, dy, ctx.layout, taken)
-    known = taken.gradients
-    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-        known = {}
+    statistics, taken = (
+        None,
+        Taken(x, weight, normed, lambda: backward((False, True, False))[1], {}),
+    )
     wanted = ctx.needs_input_grad[4:7]
-    missing = tuple(need and own not in known for need, own in zip(wanted, OWN, strict=True))
     with without_autocast(dy.device):
+        if ctx.layout is not None:
+            with torch.no_grad():
+                statistics = ctx.tap.statistics(ctx, dy, ctx.layout, taken)
+        known = taken.gradients
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            known = {}
+        missing = tuple(need and own not in known for need, own in zip(wanted, OWN, strict=True))
         usual = backward(missing) if any(missing) else (None, None, None)
     given = (known.get(own, grad) for own, grad in zip(OWN, usual, strict=True))
     given = (grad if need else None for grad, need in zip(given, wanted, strict=True))

@@ -8,7 +8,7 @@ sharded. It leaves out parameters that are None; frozen ones may stay in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 from math import prod
@@ -160,8 +160,9 @@ def _linear_backward(
 @rule(nn.Linear, "transformers.models.falcon.*.FalconLinear", backward=_linear_backward)
 def linear(module: nn.Linear, x: Tensor, dy: Tensor) -> Forms:
     """Goodfellow 2015 for [B, I], its sum over positions for any rank."""
-    weight = Outer(_positions(dy), _positions(x.to(dy.dtype)))
-    return {"weight": weight, **_bias(module, dy, _to_last(1))}
+    bias = _bias(module, dy, _to_last(1))
+    factors = _positions(dy), _positions(x.to(dy.dtype))
+    return {"weight": Outer(*factors, summed=_summed(bias)), **bias}
 
 
 def _conv1d_backward(
@@ -174,8 +175,9 @@ def _conv1d_backward(
 @rule("transformers.pytorch_utils.Conv1D", backward=_conv1d_backward)
 def hugging_face_conv1d(module: Any, x: Tensor, dy: Tensor) -> Forms:
     """A linear layer with its weight laid out [in, out]; GPT-2's."""
-    weight = Outer(_positions(x.to(dy.dtype)), _positions(dy), inputs="left")
-    return {"weight": weight, **_bias(module, dy, _to_last(1))}
+    bias = _bias(module, dy, _to_last(1))
+    factors = _positions(x.to(dy.dtype)), _positions(dy)
+    return {"weight": Outer(*factors, inputs="left", summed=_summed(bias)), **bias}
 
 
 @rule(nn.Bilinear)
@@ -225,8 +227,9 @@ def conv(module: Any, x: Tensor, dy: Tensor) -> Forms:
             (0,) * (dy.ndim - 2),
         )
     shape = (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
-    weight = Convolved(x, dy, shape, module.stride, padding, module.dilation, module.groups)
-    return {"weight": weight, **_bias(module, dy, _to_channels)}
+    bias = _bias(module, dy, _to_channels)
+    geometry = module.stride, padding, module.dilation, module.groups
+    return {"weight": Convolved(x, dy, shape, *geometry, summed=_summed(bias)), **bias}
 
 
 @rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, backward=_conv_backward)
@@ -414,8 +417,12 @@ def _affine(
     return {own: Dense(t[0] if len(t) == 1 else torch.cat(t)) for own, t in sums.items() if t}
 
 
-def _bias(module: Any, dy: Tensor, total: Callable[[Tensor], Tensor]) -> Forms:
+def _bias(module: Any, dy: Tensor, total: Callable[[Tensor], Tensor]) -> dict[str, Dense]:
     return {} if getattr(module, "bias", None) is None else {"bias": Dense(total(dy))}
+
+
+def _summed(bias: Mapping[str, Dense]) -> Tensor | None:
+    return bias["bias"].grad if bias else None
 
 
 def _to_last(axes: int) -> Callable[[Tensor], Tensor]:  # sums [B, ..., *last] to [B, *last]

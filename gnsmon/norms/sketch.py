@@ -28,6 +28,7 @@ class Sketch:
         dtype: float32 or float64.
         device: where its gradients are.
         generator: for the subspace to begin with.
+        seed: of the probes, a stream of their own: whether others are drawn changes nothing.
         subspace: dimensions of Q.
         probes: of each example.
     """
@@ -39,6 +40,7 @@ class Sketch:
         device: torch.device,
         *,
         generator: torch.Generator,
+        seed: int = 0,
         subspace: int = SUBSPACE,
         probes: int = 1,
     ):
@@ -46,15 +48,16 @@ class Sketch:
         self.columns = min(subspace, n, shape[0])
         start = torch.randn(n, self.columns, dtype=dtype, generator=generator)
         self.subspace = torch.linalg.qr(start)[0].to(device)
+        self._drawing = torch.Generator(device).manual_seed(seed)
         self.probes = torch.ones(DRAWS, n, probes, dtype=dtype, device=device)
         # Multiply-adds per position, row and column: see `sq_norms`. Products with so few columns
         # run at an eighth to a third of a square one's speed (CPU, 128 to 3072 wide, torch 2.13).
         self.passes = 8 * (3 * self.columns + 2 * probes)
         self.used: bool | None = None  # whether it ever paid; unknown of a compiled model
 
-    def draw(self, generator: torch.Generator) -> None:
+    def draw(self) -> None:
         """New probes, in place, for what a compiled graph has taken in must stay where it is."""
-        self.probes.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+        self.probes.bernoulli_(0.5, generator=self._drawing).mul_(2).sub_(1)
 
     def track(self, grad: Tensor) -> None:
         """Turn the subspace towards the gradient's, by one subspace iteration, if it is of use.
@@ -80,6 +83,13 @@ class Sketch:
         m, n = form.shape[0], prod(form.shape[1:])
         return self.passes * (m + n) * form.positions < plans.extra_work(form, fusable=fused)
 
+    def wanted(self, form: Form, *, fused: bool = False) -> bool:
+        """Whether it pays, which is kept: a sketch that never does is neither drawn nor tracked."""
+        pays = self.pays(form, fused=fused)
+        if not torch.compiler.is_compiling():
+            self.used = pays or bool(self.used)
+        return pays
+
     def sq_norms(self, form: Form, *, refine: bool = True) -> tuple[Tensor, Tensor]:
         """Estimates [B] of each example's squared norm, and the variance of their sum.
 
@@ -89,10 +99,7 @@ class Sketch:
         too large; it is float64, for fourth powers of gradients leave the range of float32. Without
         need of a sketch the norms are exact.
         """
-        pays = self.pays(form)
-        if not torch.compiler.is_compiling():
-            self.used = pays or bool(self.used)
-        if not pays:
+        if not self.wanted(form):
             exact = form.sq_norms()
             return exact, exact.new_zeros(())
         basis = self.subspace

@@ -138,6 +138,7 @@ class LayerTap:
         self.shared = False  # whether a parameter is used more than once
         self.backward = find_backward(module) if taps.engine != "hooks" else None
         self.each = find_each(module)
+        self.may_couple = isinstance(module, nn.modules.batchnorm._BatchNorm)
         # Of inputs of some shape, whether the backward was taken over: see `_takes_over`.
         self._taken: dict[tuple[Any, ...], bool] = {}
         # A layer of the user's, or cuDNN's LSTM, may save its own output; an alias would hide a
@@ -170,7 +171,7 @@ class LayerTap:
         own = module.parameters() if self.rule is None else module._parameters.values()
         if not any(p is not None and p.requires_grad for p in own):
             return None
-        if is_transformed() or coupling(module):
+        if is_transformed() or self.may_couple and coupling(module):
             return None
         at, y = self._tapped(output)
         if y is None:
@@ -238,7 +239,7 @@ class LayerTap:
     def _plan(self, form: Form) -> Plan | None:
         """The plan by which the weight's exact norms come with the sum of the gradients, if any."""
         sketch = self.sketches.get("weight") if "exact" not in self.ways else None
-        if not self._wants_exact or sketch is not None and sketch.pays(form, fused=True):
+        if not self._wants_exact or sketch is not None and sketch.wanted(form, fused=True):
             return None
         if self.taps.engine == "fused":
             return next((plan for plan in form.plans.values() if plan.fused), None)
@@ -391,8 +392,8 @@ class LayerTap:
 
     def statistics(
         self, ctx: Any, dy: Tensor, layout: Layout, taken: fused.Taken | None = None
-    ) -> Tensor:
-        """The gradient of `leaf`: see the class.
+    ) -> Tensor | None:
+        """The gradient of `leaf`: see the class; None where a backward has already been heard of.
 
         With `taken`, the gradients of the layer that come with it are put there.
         """
@@ -407,7 +408,7 @@ class LayerTap:
                 raise
             what = "its rule" if self.rule is not None else "without a rule, and replaying it"
             self._leave_out(f"{what} failed: {type(error).__name__}: {error}")
-        return self._nothing
+        return None if task in taps.heard else self._nothing
 
     def _statistics(
         self, ctx: Any, dy: Tensor, layout: Layout, taken: fused.Taken | None
@@ -557,7 +558,6 @@ class Taps:
     ):
         self.engine, self.wants_each, self.metrics = engine, wants_each, dict(metrics or {})
         self.model, self.ways, self.batch_dim = model, tuple(ways), batch_dim
-        self._seed = seed
         self.slots = sum(WAYS[way].width for way in ways)
         self.weigh, self.strict = weigh, strict
         self.tracing = links.tracer(model)
@@ -574,13 +574,13 @@ class Taps:
                 wider(p.dtype),
                 p.device,
                 generator=self.generator,
+                seed=(seed << 32) + i,
                 subspace=subspace,
                 probes=probes,
             )
-            for name, p in model.named_parameters()
+            for i, (name, p) in enumerate(model.named_parameters())
             if "sketch" in ways and p.ndim > 1
         }
-        self._draws: dict[torch.device, torch.Generator] = {}
         self.untapped: dict[str, str] = {}  # parameter -> why no rule gives its gradient
         self.wanted = self.active = False
         self.rooted = True  # the model's own forward is called, not only its layers'
@@ -657,12 +657,8 @@ class Taps:
         """New probes for the next microbatch: errors of two that share them would add up."""
         if self.wanted and any("sketch" in tap.ways for tap in self.layers):
             for sketch in self.sketches.values():
-                sketch.draw(self._drawing(sketch.probes.device))
-
-    def _drawing(self, device: torch.device) -> torch.Generator:
-        if device not in self._draws:
-            self._draws[device] = torch.Generator(device).manual_seed(self._seed)
-        return self._draws[device]
+                if sketch.used is not False:
+                    sketch.draw()
 
     def ready(self, fired: Callable[[Tensor], None]) -> None:
         """Have `fired` called whenever a probe receives its gradient."""
@@ -678,6 +674,7 @@ class Taps:
         self.brought: list[Brought] = []
         self.each: list[Each] = []
         self.fired: set[tuple[int, int, int]] = set()  # backward, forward, batch
+        self.heard: set[int] = set()  # backwards of which a pulse has told
         self.coupled: str | None = None  # why examples are not independent
         self.fault: str | None = None
         for tap in self.layers:
@@ -742,6 +739,7 @@ class Taps:
             self.brought.clear()
             self.each.clear()
             self.fired.clear()
+            self.heard.clear()
 
     def order(self, x: Tensor, rows: int) -> int | None:
         """The batch's axis, 0 or 1, in what x [batch * rows, ...] was flattened from, or None.
