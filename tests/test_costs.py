@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gnsmon
 from gnsmon.collectors import per_example
+from gnsmon.norms.sketch import Sketch
 
 
 class Operations(TorchDispatchMode):
@@ -82,7 +83,7 @@ def test_nothing_waits_for_the_device_but_one_copy(tmp_path, monkeypatch, method
     assert not calls["aten::_local_scalar_dense"] and not calls["aten::nonzero"]
 
 
-@pytest.mark.parametrize(("engine", "most"), [("hooks", 36), ("fused", 46)])
+@pytest.mark.parametrize(("engine", "most"), [("hooks", 22), ("fused", 43)])
 def test_operations_a_layer(tmp_path, engine, most):
     """Of a Linear and a LayerNorm together, of 4 examples; views do not count."""
     few, many = (monitored(n, tmp_path / str(n), every=1, engine=engine) for n in (4, 12))
@@ -110,3 +111,17 @@ def test_operations_a_layer(tmp_path, engine, most):
     assert work[0] - 4 * each < 30
     for op in ("aten::cat",):  # put together once a backward, not once a layer
         assert more[1][op] == more[0][op]
+
+
+@pytest.mark.parametrize("engine", ["auto", "fused"])
+def test_a_sketch_that_never_pays_is_neither_drawn_nor_tracked(tmp_path, monkeypatch, engine):
+    drawn, tracked = [], []
+    model = model_of(2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings = {"every": 1, "engine": engine, "method": "sketch", "run_dir": tmp_path}
+    with gnsmon.attach(model, optimizer, strict=True, **settings):
+        operations(model, optimizer, steps=1)
+        monkeypatch.setattr(Sketch, "draw", lambda self: drawn.append(1))
+        monkeypatch.setattr(torch.linalg, "qr", lambda *a: tracked.append(1))
+        operations(model, optimizer)
+    assert not drawn and not tracked

@@ -129,6 +129,16 @@ def test_sogns_is_exact_at_one_position(case):
             torch.testing.assert_close(form.sogns_sq_norms(), form.sq_norms(), **EXACT)
 
 
+@layers
+def test_a_convolution_counts_its_patches_for_sogns(case):
+    model, batch = case.make()
+    for form in captured(model, case.loss, batch).values():
+        if isinstance(form, Convolved):
+            torch.testing.assert_close(
+                form.sogns_sq_norms(), form.outer().sogns_sq_norms(), **EXACT
+            )
+
+
 def test_the_oracle_speaks_of_the_single_example_loss():
     case = by_name("linear 3d, gram")
     model, batch = case.make()

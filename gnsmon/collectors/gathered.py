@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,14 @@ from gnsmon.norms.taps import Brought, Fill, LayerTap
 Key = tuple[tuple[LayerTap, tuple[int | Fill, ...]], ...]
 
 
+class _Layout(NamedTuple):
+    """Where the numbers of a backward belong in the vectors of its taps, one after the other."""
+
+    known: Array  # [n], zero where a tensor's number belongs
+    drawn: Array  # [n], whether one belongs there
+    taps: list[tuple[LayerTap, slice]]
+
+
 class Gathered:
     """Sums of vectors whose pieces are put together once a backward, and taken apart on the host.
 
@@ -25,9 +34,10 @@ class Gathered:
     def __init__(self) -> None:
         self.flat: dict[Key, Tensor] = {}
         self._times: Counter[Key] = Counter()
+        self._layouts: dict[Key, _Layout] = {}  # of the last step
 
     def clear(self) -> None:
-        """Forget all."""
+        """Forget all sums."""
         self.flat.clear()
         self._times.clear()
 
@@ -52,17 +62,22 @@ class Gathered:
 
     def vectors(self, flat: Mapping[Key, Array]) -> dict[LayerTap, Array]:
         """The summed vector of each tap, from `flat` on the host."""
+        self._layouts = {key: self._layouts.get(key) or _layout(key) for key in flat}
         found: dict[LayerTap, Array] = {}
         for key, numbers in flat.items():
-            times, at = self._times[key], 0
-            for tap, pieces in key:
-                parts = []
-                for piece in pieces:
-                    if isinstance(piece, Fill):
-                        parts.append(np.full(piece.length, times * piece.value))
-                    else:
-                        parts.append(numbers[at : at + piece])
-                        at += piece
-                vector = np.concatenate(parts)
-                found[tap] = found[tap] + vector if tap in found else vector
+            layout = self._layouts[key]
+            whole = self._times[key] * layout.known
+            whole[layout.drawn] = numbers
+            for tap, own in layout.taps:
+                found[tap] = found[tap] + whole[own] if tap in found else whole[own]
         return found
+
+
+def _layout(key: Key) -> _Layout:
+    pieces = [p if isinstance(p, Fill) else Fill(0.0, p) for _, some in key for p in some]
+    drawn = [not isinstance(p, Fill) for _, some in key for p in some]
+    lengths = [p.length for p in pieces]
+    ends = np.cumsum([sum(p.length if isinstance(p, Fill) else p for p in some) for _, some in key])
+    starts = [0, *map(int, ends[:-1])]
+    taps = [(tap, slice(i, int(j))) for (tap, _), i, j in zip(key, starts, ends, strict=True)]
+    return _Layout(np.repeat([p.value for p in pieces], lengths), np.repeat(drawn, lengths), taps)

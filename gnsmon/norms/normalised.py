@@ -96,8 +96,10 @@ def _group_norm(
         batch * module.num_groups,
         [True, True, True],
     )
-    shape = batch, channels
-    return dx.view_as(x), {"weight": of_weight.view(shape), "bias": of_bias.view(shape)}
+    gradients = {"weight": of_weight.view(batch, channels)}
+    if module.bias is not None:
+        gradients["bias"] = of_bias.view(batch, channels)
+    return dx.view_as(x), gradients
 
 
 def _many(x: Tensor) -> bool:

@@ -204,8 +204,8 @@ class LayerTap:
             return False
         if torch.compiler.is_compiling():
             return self.each is None and layout is not None and self._pays(x, y, layout)
-        if self.each is not None and _in_checkpoint():  # what it has saved must not be asked for
-            return False
+        if self.each is not None and _saving() is not None:
+            return False  # what it has saved may be elsewhere, or not be computed yet
         shapes = x[0].shape, y.shape, y.dtype
         if shapes not in self._taken:
             # Known inside a checkpoint only when it is computed again, it would save other tensors.
@@ -392,8 +392,8 @@ class LayerTap:
 
     def statistics(
         self, ctx: Any, dy: Tensor, layout: Layout, taken: fused.Taken | None = None
-    ) -> Tensor | None:
-        """The gradient of `leaf`: see the class; None where a backward has already been heard of.
+    ) -> Tensor:
+        """The gradient of `leaf`: see the class.
 
         With `taken`, the gradients of the layer that come with it are put there.
         """
@@ -408,7 +408,7 @@ class LayerTap:
                 raise
             what = "its rule" if self.rule is not None else "without a rule, and replaying it"
             self._leave_out(f"{what} failed: {type(error).__name__}: {error}")
-        return None if task in taps.heard else self._nothing
+        return self._nothing
 
     def _statistics(
         self, ctx: Any, dy: Tensor, layout: Layout, taken: fused.Taken | None
@@ -674,7 +674,6 @@ class Taps:
         self.brought: list[Brought] = []
         self.each: list[Each] = []
         self.fired: set[tuple[int, int, int]] = set()  # backward, forward, batch
-        self.heard: set[int] = set()  # backwards of which a pulse has told
         self.coupled: str | None = None  # why examples are not independent
         self.fault: str | None = None
         for tap in self.layers:
@@ -739,7 +738,6 @@ class Taps:
             self.brought.clear()
             self.each.clear()
             self.fired.clear()
-            self.heard.clear()
 
     def order(self, x: Tensor, rows: int) -> int | None:
         """The batch's axis, 0 or 1, in what x [batch * rows, ...] was flattened from, or None.
@@ -783,10 +781,13 @@ class _Coupled:
 
 def _in_checkpoint() -> bool:
     """Whether a non-reentrant activation checkpoint is being computed, or computed again."""
-    if torch.compiler.is_compiling():
-        return False
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = None if torch.compiler.is_compiling() else _saving()
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def _saving() -> tuple[Callable[..., Any], ...] | None:
+    """The hooks on tensors that are being saved for a backward."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _tensors(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gnsmon.norms.forms import Form
+from gnsmon.norms.forms import Dense, Form, Rows
 from gnsmon.norms.metric import Factored
 from gnsmon.norms.sketch import Sketch
 
@@ -40,7 +40,8 @@ def _factored(form: Form, given: Help, known: Tensor | None = None) -> Tensor:
 
 
 def _sogns(form: Form, given: Help, known: Tensor | None = None) -> Tensor:
-    return form.sogns_sq_norms().sum()
+    approximated = not isinstance(form, (Dense, Rows))
+    return form.sogns_sq_norms().sum() if approximated else form.sum_sq_norms()
 
 
 def _sketch(form: Form, given: Help, known: Tensor | None = None) -> Tensor:
