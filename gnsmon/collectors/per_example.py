@@ -229,6 +229,7 @@ class PerExample:
 
     def _fired(self, _: Tensor) -> None:
         """A tap gave its gradient: a backward is under way."""
+        self.taps.heard.add(torch._C._current_graph_task_id())
         self._backwards.under_way(self.taps.forwards)
 
     def _harvest(self) -> None:

@@ -392,8 +392,8 @@ class LayerTap:
 
     def statistics(
         self, ctx: Any, dy: Tensor, layout: Layout, taken: fused.Taken | None = None
-    ) -> Tensor:
-        """The gradient of `leaf`: see the class.
+    ) -> Tensor | None:
+        """The gradient of `leaf`: see the class; None where a backward has already been heard of.
 
         With `taken`, the gradients of the layer that come with it are put there.
         """
@@ -408,7 +408,8 @@ class LayerTap:
                 raise
             what = "its rule" if self.rule is not None else "without a rule, and replaying it"
             self._leave_out(f"{what} failed: {type(error).__name__}: {error}")
-        return self._nothing
+        # A gradient would be cloned; autograd tells of its absence all the same (torch 2.13).
+        return None if task in taps.heard else self._nothing
 
     def _statistics(
         self, ctx: Any, dy: Tensor, layout: Layout, taken: fused.Taken | None
@@ -674,6 +675,7 @@ class Taps:
         self.brought: list[Brought] = []
         self.each: list[Each] = []
         self.fired: set[tuple[int, int, int]] = set()  # backward, forward, batch
+        self.heard: set[int] = set()  # backwards of which a pulse has told
         self.coupled: str | None = None  # why examples are not independent
         self.fault: str | None = None
         for tap in self.layers:
@@ -738,6 +740,7 @@ class Taps:
             self.brought.clear()
             self.each.clear()
             self.fired.clear()
+            self.heard.clear()
 
     def order(self, x: Tensor, rows: int) -> int | None:
         """The batch's axis, 0 or 1, in what x [batch * rows, ...] was flattened from, or None.
