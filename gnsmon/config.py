@@ -61,9 +61,9 @@ class MonitorConfig(BaseModel):
     engine: Literal["auto", "fused", "hooks"] = "auto"
     """How the exact norms of a layer are had.
 
-    "fused" takes over the backward of linear and convolution layers, so that no matrix product is
-    repeated; the gradients are autograd's to rounding. "hooks" leaves them bitwise as they are.
-    "auto" times what there is, once for each layer and shape, and takes the fastest.
+    "fused" takes over the backward of linear, convolution and norm layers, so that nothing is done
+    twice; the gradients are autograd's to rounding. "hooks" leaves them bitwise as they are. "auto"
+    times what there is, once for each layer and shape, takes the fastest, and leaves small layers.
     """
     every: int | Literal["auto"] = "auto"
     """Measure one optimizer step in this many; "auto": as many as `overhead` pays for.

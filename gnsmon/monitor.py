@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from gnsmon.advice import Advice, Goal, advise
+from gnsmon.advice import Advice, Goal, Layout, advise, suggested
 from gnsmon.collectors.groups import group_of
 from gnsmon.collectors.per_example import EXACT, NOT_A_NORM
 from gnsmon.collectors.preconditioner import NO_MOMENT, NO_STATE, named
@@ -651,7 +651,10 @@ class Monitor:
             skipped=dict(self.skipped),
             groups=groups.take(_seen(s, g)),
         )
-        return replace(reading, suggested_batch_size=self._advise(reading).batch_size)
+        # As `_advise` has it, without what a person reads.
+        layout = Layout(self._ranks.size, norms.microbatch)
+        found = suggested(reading, present=reading.examples, layout=layout)
+        return replace(reading, suggested_batch_size=found.batch_size if found else None)
 
     def _by_group(self, values: Array) -> Array:
         """Sums over parameters [n_parameters] as [n_groups], the total first."""

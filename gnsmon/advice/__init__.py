@@ -1,7 +1,7 @@
 """From a noise scale to a decision: which batch, what it saves and costs, when to change it."""
 
 from gnsmon.advice import export
-from gnsmon.advice.advice import Advice, Point, advise
+from gnsmon.advice.advice import Advice, Point, advise, suggested
 from gnsmon.advice.goal import Goal, examples_factor, steps_factor
 from gnsmon.advice.layout import Layout
 from gnsmon.advice.schedule import BatchSizeSchedule, Stage, planned
@@ -20,4 +20,5 @@ __all__ = [
     "export",
     "planned",
     "steps_factor",
+    "suggested",
 ]
