@@ -441,6 +441,21 @@ def test_the_fastest_plan_is_taken_less_what_the_sum_costs_anyway(untimed, gram,
     assert plans.chosen(Outer(form.left[:3], form.right[:3]), fusable=True) is form.plans[wins]
 
 
+def test_a_clock_that_was_disturbed_once_misleads_nobody(untimed, monkeypatch):
+    untimed.update(sum=1.0, direct=2.0, gram=0.5)
+    fair, disturbed = plans._seconds, [9.0]
+    sums = lambda run: getattr(run, "__name__", "") == "sum"  # noqa: E731
+    monkeypatch.setattr(
+        plans,
+        "_seconds",
+        lambda run: fair(run) + (disturbed.pop() if disturbed and sums(run) else 0),
+    )
+    form = big()
+    plans.tune(form)
+    assert not disturbed
+    assert plans.chosen(form, fusable=True) is form.plans["gram"]
+
+
 def test_a_plan_that_is_far_behind_is_timed_once(untimed, monkeypatch):
     untimed.update(sum=1.0, direct=1.2, gram=9.0)
     runs, clock = [], plans._seconds

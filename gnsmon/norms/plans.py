@@ -73,20 +73,17 @@ def tune(form: Planned, *, repeats: int = 3) -> None:
     if torch.are_deterministic_algorithms_enabled():
         return
     least = min(plan.work(form) for plan in form.plans.values())
-    seconds: dict[str, list[float]] = {}
     tried = [name for name, plan in form.plans.items() if plan.work(form) <= HOPELESS * least]
+    usual, seconds = inf, dict.fromkeys(tried, inf)  # the least of each: others may hold the cores
     for _ in range(repeats):
-        usual = _seconds(form.sum)
+        usual = min(usual, _seconds(form.sum))
         for name in tried:
             plan = form.plans[name]
-            if plan.fused is None:
-                took = _seconds(partial(plan.sq_norms, form))
-            else:
-                took = _seconds(partial(plan.fused, form)) - usual
-            seconds.setdefault(name, []).append(took)
-        limit = BEHIND * (min(map(min, seconds.values())) + usual)
-        tried = [name for name in tried if min(seconds[name]) + usual <= limit]
-    _timed[key] = min(seconds, key=lambda name: min(seconds[name]))  # others may hold the cores
+            seconds[name] = min(seconds[name], _seconds(partial(plan.fused or plan.sq_norms, form)))
+        extra = {n: t - usual * (form.plans[n].fused is not None) for n, t in seconds.items()}
+        limit = BEHIND * (min(extra.values()) + usual)
+        tried = [name for name in tried if extra[name] + usual <= limit]
+    _timed[key] = min(extra, key=extra.__getitem__)
 
 
 def extra_work(form: Planned, *, fusable: bool = False) -> float:
