@@ -204,7 +204,8 @@ class LayerTap:
             return False
         if torch.compiler.is_compiling():
             return self.each is None and layout is not None and self._pays(x, y, layout)
-        if self.each is not None and _in_checkpoint():  # what it has saved must not be asked for
+        # What it has saved must not be asked for where hooks have taken it.
+        if self.each is not None and (_saving_hooks() or not self.each.able(*x, y)):
             return False
         shapes = x[0].shape, y.shape, y.dtype
         if shapes not in self._taken:
@@ -225,7 +226,7 @@ class LayerTap:
         if self.each is not None:
             if layout.rows_per_example > 1 or layout.batch_dim > 0:
                 return False
-            return self.each.statistics(*x, y) is not None and (forced or self.each.pays(*x))
+            return forced or self.each.pays(*x)
         with torch.no_grad(), without_autocast(y.device):
             form = self.forms(x, y.detach(), layout)["weight"]
             if layout.rows_per_example > 1:
@@ -785,8 +786,13 @@ def _in_checkpoint() -> bool:
     """Whether a non-reentrant activation checkpoint is being computed, or computed again."""
     if torch.compiler.is_compiling():
         return False
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = _saving_hooks()
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def _saving_hooks() -> tuple[Callable[..., Any], ...] | None:
+    """What packs and unpacks the tensors that autograd saves, if they are not just kept."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[no-any-return]
 
 
 def _tensors(
