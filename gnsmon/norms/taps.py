@@ -575,7 +575,7 @@ class Taps:
                 wider(p.dtype),
                 p.device,
                 generator=self.generator,
-                seed=(seed << 32) + i,
+                seed=seed * len(self.canonical) + i,  # of 32 bits, more are not looked at (CPU)
                 subspace=subspace,
                 probes=probes,
             )
