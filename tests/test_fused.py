@@ -838,3 +838,37 @@ def test_a_norm_layers_settings_may_change_before_its_backward(kind):
         layer.zero_grad()
         second_order(layer, x).backward()
         torch.testing.assert_close(gradients(layer), bare, **CLOSE)
+
+
+@pytest.mark.parametrize("engine", ["hooks", "fused"])
+def test_a_hook_that_changes_a_vectors_gradient_in_place_is_noticed(engine):
+    """What the layer gives to autograd is not what it is compared with."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)).double()
+    for p in model.parameters():
+        p.register_hook(lambda grad: grad.mul_(2))
+    gns, optimizer = attach(model, engine, strict=False)
+    with gns, pytest.warns(RuntimeWarning, match="not measured"):
+        energy(model, torch.randn(4, 5, 6, dtype=torch.float64)).backward()
+        optimizer.step()
+    assert gns.coverage().covered == []
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x
+
+
+def test_a_scalar_parameter_whose_gradient_is_clipped_is_measured():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), Scaled(), nn.Linear(6, 3)).double()
+    gns, optimizer = attach(model)
+    with gns:
+        energy(model, torch.randn(4, 6, dtype=torch.float64)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        optimizer.step()
+        assert gns.coverage().missing == {}
