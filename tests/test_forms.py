@@ -123,6 +123,14 @@ def test_chunks_change_nothing(make, size, monkeypatch):
     torch.testing.assert_close(form.sq_norms(), whole, **EXACT)
 
 
+def test_no_examples_have_a_sum_of_zero():
+    for groups in (1, 2):
+        factors = normal(0, groups, 5, 3), normal(0, groups, 5, 4)
+        total, norms = contractions.outer_sum_and_sq_norms(*factors)
+        assert torch.equal(total, torch.zeros(groups, 3, 4, dtype=total.dtype))
+        assert norms.shape == (0,)
+
+
 def test_chunks_stay_within_their_bound(monkeypatch):
     left, right = normal(4, 1, 10, 64), normal(4, 1, 10, 32)
     sizes = []

@@ -60,6 +60,8 @@ def outer_sum_and_sq_norms(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]
 def _in_turn(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     total, product = _total(left, right), torch.bmm
     mine, norms = total, total.new_empty(len(left), *total.shape[:2])
+    if not len(left):  # as a compiled graph of any batch may be given
+        total.zero_()
     if len(total) == 1:  # a bmm of one matrix is slower than its mm
         left, right, mine, norms, product = left[:, 0], right[:, 0], total[0], norms[:, 0], torch.mm
     gradient = torch.empty_like(mine, dtype=left.dtype)

@@ -63,7 +63,7 @@ class Direction:
         Also how many of them come before.
         """
         if self.whole:
-            return start, gradient
+            return start, gradient.clone()  # whoever else has it may change it in place
         dense = gradient.to_dense() if gradient.is_sparse else gradient
         # Not -1, for there may be no numbers at all.
         matrix = dense.reshape(dense.shape[0] if dense.ndim else 1, len(self.signs))

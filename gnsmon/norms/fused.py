@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from gnsmon.norms.taps import LayerTap
 
 
-# Of a convolution, read again in its backward.
-SETTINGS = ("stride", "padding", "dilation", "groups", "output_padding")
+# Of a convolution and a norm layer, read again in its backward.
+SETTINGS = (
+    *("stride", "padding", "dilation", "groups", "output_padding"),
+    *("normalized_shape", "num_groups", "eps"),
+)
 
 CONVOLUTIONS = [f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)]
 OWN = ("input", "weight", "bias")  # in the order of a backward's gradients
@@ -84,7 +87,7 @@ def tapped(tap: LayerTap, y: Tensor, layout: Layout | None, x: Tensor) -> Tensor
     Autocast has computed with copies, which it saved: what they were made of may since change.
     """
     weight, bias = tap.module._parameters["weight"], tap.module._parameters.get("bias")
-    normed = tap.each.statistics(x, y) if tap.each is not None else ()
+    normed = tap.each.statistics(y) if tap.each is not None else ()
     x, weight = x.to(y.dtype), weight.to(y.dtype)
     if isinstance(tap.module, nn.Linear) and not torch.compiler.is_compiling():
         weight = weight.view_as(weight)  # as F.linear does, so that weight.data may be replaced
@@ -122,6 +125,10 @@ def _replaced(module: nn.Module) -> bool:
     """Whether the functions that layers call are not torch's own, as some libraries have it."""
     if isinstance(module, nn.modules.conv._ConvNd):
         if any(getattr(F, name) is not getattr(torch, name) for name in CONVOLUTIONS):
+            return True
+    elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+        written = F.layer_norm if isinstance(module, nn.LayerNorm) else F.group_norm
+        if written.__module__ != F.__name__ or hasattr(written, "__wrapped__"):
             return True
     elif F.linear is not torch._C._nn.linear:
         return True

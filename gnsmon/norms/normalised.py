@@ -27,14 +27,16 @@ class EachOf(NamedTuple):
     backward: Callable[[Any, Tensor, Tensor, Tensor, Tensor, Tensor], Gradients]
     pays: Callable[[Tensor], bool]  # for an input
 
-    def statistics(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Those of the output y of an input x; None where they cannot be had."""
+    def able(self, x: Tensor, y: Tensor) -> bool:
+        """Whether those of the output y of an input x can be had."""
         plain = y.dtype == x.dtype and x.dtype in (torch.float32, torch.float64)
         if not plain or not x.is_contiguous() or y.grad_fn is None:
-            return None
-        if y.grad_fn.name() != self.node:
-            return None
-        return y.grad_fn._saved_result1, y.grad_fn._saved_result2  # type: ignore[attr-defined]
+            return False
+        return y.grad_fn.name() == self.node
+
+    def statistics(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of an output that has them."""
+        return y.grad_fn._saved_result1, y.grad_fn._saved_result2  # type: ignore[union-attr]
 
 
 def differentiated(layer: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> Callable[..., Any]:
@@ -64,7 +66,7 @@ def _layer_norm(
 ) -> Gradients:
     """One example after the other."""
     shape, bias = list(module.normalized_shape), module.bias
-    dx, found = torch.empty_like(x), []
+    dx, dy, found = torch.empty_like(x), dy.contiguous(), []
     for into, *example in zip(*(t.unbind() for t in (dx, dy, x, mean, rstd)), strict=True):
         mine, own, mean, rstd = example
         grad, *of_own = torch.ops.aten.native_layer_norm_backward(
@@ -85,7 +87,7 @@ def _group_norm(
     batch, channels, *size = x.shape
     one = (1, batch * channels, *size)
     dx, of_weight, of_bias = torch.ops.aten.native_group_norm_backward(
-        dy.reshape(one),
+        dy.contiguous().view(one),  # whose strides the operator does not look at (torch 2.13)
         x.view(one),
         mean.view(1, -1),
         rstd.view(1, -1),

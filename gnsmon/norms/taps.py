@@ -204,8 +204,9 @@ class LayerTap:
             return False
         if torch.compiler.is_compiling():
             return self.each is None and layout is not None and self._pays(x, y, layout)
-        if self.each is not None and _saving() is not None:
-            return False  # what it has saved may be elsewhere, or not be computed yet
+        # What it has saved must not be asked for where hooks took it: it may not be computed yet.
+        if self.each is not None and (_saving() is not None or not self.each.able(*x, y)):
+            return False
         shapes = x[0].shape, y.shape, y.dtype
         if shapes not in self._taken:
             # Known inside a checkpoint only when it is computed again, it would save other tensors.
@@ -225,7 +226,7 @@ class LayerTap:
         if self.each is not None:
             if layout.rows_per_example > 1 or layout.batch_dim > 0:
                 return False
-            return self.each.statistics(*x, y) is not None and (forced or self.each.pays(*x))
+            return forced or self.each.pays(*x)
         with torch.no_grad(), without_autocast(y.device):
             form = self.forms(x, y.detach(), layout)["weight"]
             if layout.rows_per_example > 1:
@@ -575,7 +576,7 @@ class Taps:
                 wider(p.dtype),
                 p.device,
                 generator=self.generator,
-                seed=(seed << 32) + i,
+                seed=seed * len(self.canonical) + i,  # of 32 bits, more are not looked at (CPU)
                 subspace=subspace,
                 probes=probes,
             )
@@ -790,7 +791,7 @@ def _in_checkpoint() -> bool:
 
 def _saving() -> tuple[Callable[..., Any], ...] | None:
     """The hooks on tensors that are being saved for a backward."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[no-any-return]
 
 
 def _tensors(
