@@ -290,8 +290,10 @@ def _caveats(
         )
     if reading.status != "undefined":
         caveats.append(ANISOTROPIC)
-        if family is not None and family.caveat:
-            caveats.append(family.caveat + _beside(in_metric) * (family.caveat == ADAPTIVE))
+        for caveat in family.caveats if family else ():
+            caveats.append(caveat + _beside(in_metric) * (caveat == ADAPTIVE))
+        if optimizer and family is None and size not in (None, present):
+            caveats.append(f"how the learning rate goes with the batch is not known of {optimizer}")
     return caveats
 
 
