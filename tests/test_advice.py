@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from gnsmon.advice import Goal, Layout, advise
+from gnsmon.advice import Goal, Layout, StepTime, advise
 from gnsmon.advice.advice import suggested
 from gnsmon.estimators import Raw, Reading
 from gnsmon.estimators.values import Approximation
@@ -157,7 +157,7 @@ def test_what_makes_a_smaller_batch_possible(layout, goal, words):
 
 
 def test_a_kept_batch_says_for_what():
-    assert "Keep the batch at 64 examples. For at most 0.25 times" in text(
+    assert "Keep the batch at 64 examples. For at most 25 % more" in text(
         advise(reading(), goal=Goal(data_overhead=0.25))
     )
 
@@ -280,7 +280,7 @@ def test_goals_by_hand(goal, batch):
 def test_the_suggestion_comes_with_its_interval():
     a = advise(reading(), present=8, goal=Goal(data_overhead=0.25))
     assert (a.best_low, a.best_high) == (50, 80)  # a quarter of 200 and 320
-    assert "For at most 0.25 times the fewest examples on top, something from 50 to 80" in text(a)
+    assert "For at most 25 % more examples than the fewest, something from 50 to 80" in text(a)
     a = advise(reading(low=500.0, **LOWER), goal=Goal(data_overhead=0.5))
     assert (a.best_low, a.best_high) == (250, None)
     assert "250 or more would be best" in text(a)
@@ -316,7 +316,11 @@ def test_what_the_suggestion_saves_and_costs():
     assert a.examples == pytest.approx(2 / 1.25)
     assert a.cost == pytest.approx((2 * 512) / (5 * 320))
     assert "0.4 times as many steps and 1.6 times as many examples" in text(a)
+    assert "For the cheapest run at these prices" in text(a)
     assert "at 0.64 times the cost" in text(a)
+    times = StepTime(256.0, 1.0)
+    assert "For the fastest run by these times" in text(advise(reading(), goal=times.goal()))
+    assert "in 0.64 times the time" in text(advise(reading(), present=64, goal=times.goal()))
 
 
 def test_the_curve_has_the_present_and_the_suggested_batch():

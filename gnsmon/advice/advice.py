@@ -119,7 +119,8 @@ class Advice:
     def _change(self) -> str:
         if self.batch_size in (None, self.present) or self.steps is None or self.examples is None:
             return ""
-        cost = "" if self.cost is None else f", at {self.cost:.3g} times the cost"
+        of = "in {:.3g} times the time" if self.goal.in_seconds else "at {:.3g} times the cost"
+        cost = "" if self.cost is None else f", {of.format(self.cost)}"
         return (
             f" At {_number(self.batch_size)} it takes {self.steps:.3g} times as many steps and "
             f"{self.examples:.3g} times as many examples as at {_number(self.present)}{cost}."
