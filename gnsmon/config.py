@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -80,7 +81,7 @@ class MonitorConfig(BaseModel):
     """Memory of the averages instead of decay: "500 steps", "1e6 examples", "20M tokens"."""
     window: int | None = Field(None, ge=2)
     """Average the last so many measured steps, all alike, instead."""
-    grad_memory: float = Field(1.0, gt=0)
+    grad_memory: float = Field(1.0, gt=0, allow_inf_nan=False)
     """How many times as long |G|² is remembered as S."""
     level: float = Field(0.95, gt=0, lt=1)
     """Level of the interval."""
@@ -133,6 +134,16 @@ class MonitorConfig(BaseModel):
     def _sinks(cls, value: Any) -> Any:
         one = isinstance(value, str) or callable(value)
         return [] if value is None else [value] if one else list(value)
+
+    @field_validator("clip", "norm_bound")
+    @classmethod
+    def _bound(cls, value: float | None) -> float | None:
+        if value == math.inf:
+            raise ValueError(
+                "expected a finite norm, got inf, which nothing exceeds; leave it out to have no "
+                "such bound, the norms are told without it"
+            )
+        return value
 
     @field_validator("half_life")
     @classmethod

@@ -125,7 +125,8 @@ def curve_table(advice: Advice) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim", title_justify="left")
     points = advice.curve()
     priced = any(point.cost is not None for point in points)
-    for name in ("batch", "steps", "examples", *["cost"] * priced, ""):
+    cost_name = "time" if advice.goal.in_seconds else "cost"
+    for name in ("batch", "steps", "examples", *[cost_name] * priced, ""):
         table.add_column(name, justify="left" if not name else "right")
     cheapest = min((point.cost for point in points if point.cost is not None), default=None)
     for point in points:

@@ -315,7 +315,7 @@ def _page(outcome: Outcome) -> RenderableType:
     read = sum(seen.statuses.get(status, 0.0) for status in ("ok", "wide"))
     some = f" (Its row is of the {read:.1%} of runs that read a number.)" if read < 1 else ""
     error = (
-        f"is off by {_share(seen.error)} (standard deviation over the runs; the table has it for "
+        f"varies by {_share(seen.error)} (standard deviation over the runs; the table has it for "
         "a single step, larger by the root of the steps)."
     )
     if math.isnan(seen.error):
@@ -338,8 +338,11 @@ def _share(x: float) -> str:
 
 
 def _signed(x: float, error: float) -> str:
-    return "-" if math.isnan(x) else f"{x:+.2%} ± {error:.2%}"
+    large = max(abs(x), error) >= 100  # such digits say nothing, and the table has no room for them
+    form = ".1e" if large else ".2f"
+    return "-" if math.isnan(x) else f"{100 * x:+{form}}% ± {100 * error:{form}}%"
 
 
 def _steps(one_step: float) -> str:
-    return f"{max(1.0, float(f'{steps_needed(one_step):.2g}')):,.0f}"
+    steps = max(1.0, float(f"{steps_needed(one_step):.2g}"))
+    return f"{steps:,.0f}" if steps < 1e9 else f"{steps:.2g}"

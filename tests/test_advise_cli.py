@@ -80,6 +80,9 @@ def test_the_fastest_run_by_the_logs_own_times(run, capsys):
     words = said(capsys, run, "--wall-clock")
     assert "A step of B examples takes 0.05 s + 0.000781 s x B." in words
     assert "Grow the batch from 128 examples to 256 examples" in words  # sqrt(1090 * 64) = 264
+    assert "For the fastest run by these times" in words
+    words = said(capsys, run, "--wall-clock", "--curve")
+    assert "batch steps examples time" in words
     words = said(capsys, run, "--wall-clock", "--workers", 4)
     assert "0.05 s + 0.000195 s x B on 4 workers" in words
     assert "to 512 examples" in words

@@ -47,6 +47,10 @@ def test_the_documented_file_names_every_setting():
         ({"half_life": "20 parsecs"}, "half_life: expected a number and a unit such as"),
         ({"half_life": "0 steps"}, "half_life: expected a positive amount"),
         ({"groups": "layers"}, 'groups: expected "layer", "kind", "total"'),
+        ({"diagnostics": True, "clip": float("inf")}, "clip: expected a finite norm, got inf"),
+        ({"diagnostics": True, "clip": float("nan")}, "clip: Input should be greater than 0"),
+        ({"diagnostics": True, "norm_bound": float("inf")}, "norm_bound: expected a finite norm"),
+        ({"grad_memory": float("inf")}, "grad_memory: Input should be a finite number, got inf"),
         ({"batch_dim": 2}, "batch_dim: Input should be less than or equal to 1"),
     ],
 )

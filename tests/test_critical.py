@@ -232,6 +232,23 @@ def test_a_stopped_measurement_goes_on_where_it_was(monkeypatch):
     assert Path("runs.jsonl").read_text() == Path("whole.jsonl").read_text()
 
 
+@pytest.mark.parametrize("torn", ['{"kind": "run", "problem": "la', "", "[]", '{"a": 1}'])
+def test_a_torn_line_in_the_middle_is_named_and_once_removed_made_again(monkeypatch, torn):
+    whole = measured(monkeypatch, Trainer())
+    path = Path("runs.jsonl")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:-2], torn, lines[-1]]) + "\n")
+    with pytest.raises(
+        ValueError, match=f"line {len(lines) - 1}: expected a run as JSON"
+    ) as caught:
+        measured(monkeypatch, Trainer())
+    assert repr(torn) in str(caught.value) and "remove that line" in str(caught.value)
+    path.write_text("\n".join([*lines[:-2], lines[-1]]) + "\n")
+    again = Trainer()
+    assert measured(monkeypatch, again) == whole
+    assert len(again.made) == 1
+
+
 def test_runs_with_other_settings_are_not_mixed(monkeypatch):
     measured(monkeypatch, Trainer())
     with pytest.raises(ValueError, match="they have other max_steps, seeds; remove the file"):

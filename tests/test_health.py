@@ -115,6 +115,18 @@ def test_the_sample_is_small_always_the_same_and_spread_over_columns(monkeypatch
     assert len(sampled(torch.zeros(0))) == 0
 
 
+def test_a_sample_is_mostly_too_low_where_the_mean_leans_on_few(monkeypatch):
+    monkeypatch.setattr(watching, "SAMPLE", 2**14)
+    g, ratios = torch.Generator().manual_seed(0), []
+    for _ in range(100):
+        w, dw = torch.randn(2, 2**18, generator=g)
+        total, count, _ = change(w, w + dw).tolist()
+        of_some, some, _ = change(sampled(w), sampled(w + dw)).tolist()
+        ratios.append((of_some / some) / (total / count))
+    low, median, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+    assert (low, median, high) == pytest.approx((0.59, 0.77, 1.02), abs=0.01)  # docs/health.md
+
+
 def test_steps_above_the_threshold_are_counted():
     clips = Clips(2.0, 3)
     for norms in ([3.0, 1.0, 2.8], [1.0, 0.5, 0.8], [2.5, 1.8, 1.7]):

@@ -187,6 +187,22 @@ def test_the_page_tells_the_steps_needed():
     assert "b_simple is 10 times the batch" in " ".join(text.split())
 
 
+@pytest.mark.parametrize("b_simple", [1e-9, 1e4, 1e6, 1e8, 1e12])
+@pytest.mark.parametrize("b_big", [2, 64, 2**20])
+def test_no_number_of_the_table_is_cut_off(b_simple, b_big):
+    found = simulate(gradients(b_simple), b_big=b_big, steps=20, repeat=20)
+    rows = {}
+    for width in (80, 400):
+        console = Console(width=width, no_color=True)
+        with console.capture() as captured:
+            console.print(found)
+        lines = captured.get().splitlines()
+        first = next(i for i, line in enumerate(lines) if line.startswith("|G|²"))
+        rows[width] = [line.split() for line in lines[first - 1 : first + 3]]
+    assert rows[80] == rows[400]
+    assert "…" not in str(rows[80])
+
+
 def test_the_command_needs_no_torch():
     code = (
         "import sys, gnsmon.cli\n"

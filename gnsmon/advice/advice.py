@@ -119,7 +119,8 @@ class Advice:
     def _change(self) -> str:
         if self.batch_size in (None, self.present) or self.steps is None or self.examples is None:
             return ""
-        cost = "" if self.cost is None else f", at {self.cost:.3g} times the cost"
+        of = "in {:.3g} times the time" if self.goal.in_seconds else "at {:.3g} times the cost"
+        cost = "" if self.cost is None else f", {of.format(self.cost)}"
         return (
             f" At {_number(self.batch_size)} it takes {self.steps:.3g} times as many steps and "
             f"{self.examples:.3g} times as many examples as at {_number(self.present)}{cost}."
@@ -290,8 +291,10 @@ def _caveats(
         )
     if reading.status != "undefined":
         caveats.append(ANISOTROPIC)
-        if family is not None and family.caveat:
-            caveats.append(family.caveat + _beside(in_metric) * (family.caveat == ADAPTIVE))
+        for caveat in family.caveats if family else ():
+            caveats.append(caveat + _beside(in_metric) * (caveat == ADAPTIVE))
+        if optimizer and family is None and size not in (None, present):
+            caveats.append(f"how the learning rate goes with the batch is not known of {optimizer}")
     return caveats
 
 

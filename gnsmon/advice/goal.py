@@ -28,13 +28,15 @@ class Goal:
 
     With prices the cost of a run, steps x (step_price + example_price x B), is least at
     B = sqrt(b step_price / example_price) (from McCandlish et al. 2018, 2.11); the limits then
-    bound it. Only the ratio of the prices counts. In seconds they make the fastest run.
+    bound it. Only the ratio of the prices counts. In seconds they make the fastest run, and are
+    told as such with `in_seconds`.
 
     Args:
         data_overhead: examples above the fewest, at most this share of them: B <= x b.
         step_overhead: steps above the fewest, at most this share of them: B >= b / x.
         step_price: of an optimizer step, whatever its batch.
         example_price: of each example in it.
+        in_seconds: the prices are times.
 
     Raises:
         ValueError: on a price or limit that is not positive, one price without the other, and
@@ -45,11 +47,14 @@ class Goal:
     step_overhead: float | None = None
     step_price: float | None = None
     example_price: float | None = None
+    in_seconds: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
+            if field.name == "in_seconds" or value is None:
+                continue
+            if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{field.name}: expected a number above 0, got {value!r}")
         if (self.step_price is None) != (self.example_price is None):
             raise ValueError(
@@ -89,9 +94,12 @@ class Goal:
         """What is asked for, in words."""
         parts = []
         if self.step_price is not None:
-            parts.append("the cheapest run at these prices")
+            what = (
+                "fastest run by these times" if self.in_seconds else "cheapest run at these prices"
+            )
+            parts.append(f"the {what}")
         if self.data_overhead:
-            parts.append(f"at most {self.data_overhead:.3g} times the fewest examples on top")
+            parts.append(f"at most {100 * self.data_overhead:.3g} % more examples than the fewest")
         if self.step_overhead:
-            parts.append(f"at most {self.step_overhead:.3g} times the fewest steps on top")
+            parts.append(f"at most {100 * self.step_overhead:.3g} % more steps than the fewest")
         return ", ".join(parts) or "as much waste in steps as in examples"

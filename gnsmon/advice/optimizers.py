@@ -15,7 +15,7 @@ class Family(NamedTuple):
     # (before, after, b_simple) -> factor on the learning rate; None where it is not known
     rate: Callable[[int, int, float | None], float | None]
     has_beta2: bool = False
-    caveat: str | None = None
+    caveats: tuple[str, ...] = ()
 
 
 def _sgd_rate(before: int, after: int, b: float | None) -> float | None:
@@ -47,31 +47,36 @@ FAMILIES = (
         "spectral",
         ("muon", "shampoo", "soap", "spectral"),
         _unknown_rate,
-        caveat="updates by the spectral norm depend on the directions of the gradient, of which "
-        "b_simple says nothing: look at the alignment of half batches instead "
-        "(gnsmon.alignment), and take no learning-rate factor from here",
+        caveats=(
+            "updates by the spectral norm depend on the directions of the gradient, of which "
+            "b_simple says nothing: look at the alignment of half batches instead "
+            "(gnsmon.alignment), and take no learning-rate factor from here",
+        ),
     ),
     Family(
         "sign",
         ("lion", "signsgd", "signum"),
         _root_rate,
-        caveat="updates by the sign forget the gradient's length, which b_simple compares: look at "
-        "the alignment of half batches beside it (gnsmon.alignment)",
+        caveats=(
+            "updates by the sign forget the gradient's length, which b_simple compares: look at "
+            "the alignment of half batches beside it (gnsmon.alignment)",
+        ),
     ),
     Family(
         "Adam",
         ("adam", "lamb", "rmsprop", "adafactor", "sophia"),
         _root_rate,
         has_beta2=True,
-        caveat=ADAPTIVE,
+        caveats=(ADAPTIVE,),
     ),
-    Family("Adagrad", ("adagrad",), _root_rate, caveat=ADAPTIVE),  # it forgets nothing
+    Family("Adagrad", ("adagrad",), _root_rate, caveats=(ADAPTIVE,)),  # it forgets nothing
     Family(
         "momentum",
         ("momentum", "nesterov"),
         _sgd_rate,
-        caveat="the learning-rate factor is for the same momentum: what acts is "
-        "lr / (1 - momentum)",
+        caveats=(
+            "the learning-rate factor is for the same momentum: what acts is lr / (1 - momentum)",
+        ),
     ),
     Family("SGD", ("sgd",), _sgd_rate),
 )
@@ -80,9 +85,32 @@ FAMILIES = (
 def family_of(optimizer: str | None) -> Family | None:
     """The family of an optimizer's class, or of what it is called; None if it is not known.
 
-    Of several, joined by "and", that of which the least is known.
+    Of several, joined by "and", one with the caveats of each, and with a factor on the learning
+    rate only where it is the same for all.
     """
-    name = (optimizer or "").lower()
+    names = (optimizer or "").split(" and ")
+    found = list(dict.fromkeys(map(_family, names)))
+    if len(found) == 1:
+        return found[0]
+    known = [family for family in found if family is not None]
+    caveats = [caveat for family in known for caveat in family.caveats]
+    rates = {_unknown_rate if family is None else family.rate for family in found}
+    if len(rates) > 1:
+        caveats.append(
+            f"the learning rates of {' and '.join(names)} go by different rules, so that no one "
+            "factor is given: ask for each of them by its name (optimizer=)"
+        )
+    return Family(
+        " and ".join(family.name for family in known),
+        (),
+        rates.pop() if len(rates) == 1 else _unknown_rate,
+        has_beta2=any(family.has_beta2 for family in known),
+        caveats=tuple(dict.fromkeys(caveats)),
+    )
+
+
+def _family(optimizer: str) -> Family | None:
+    name = optimizer.lower()
     if "sgd" not in name:  # another one's momentum makes no SGD of it
         name = name.partition(" with momentum")[0]
     return next((f for f in FAMILIES if any(word in name for word in f.words)), None)

@@ -82,4 +82,5 @@ class StepTime:
                 "a step takes no time beside that of its examples, by the steps that were timed: "
                 "the smallest batch is the fastest; give the two prices yourself"
             )
-        return Goal(**limits, step_price=self.step_seconds, example_price=self.example_seconds)
+        prices = {"step_price": self.step_seconds, "example_price": self.example_seconds}
+        return Goal(**limits, **prices, in_seconds=True)

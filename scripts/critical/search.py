@@ -182,10 +182,13 @@ def load(path: Path, problems: Iterable[Problem]) -> Records:
     """The runs in `path`, where settings of problems that it does not know are noted.
 
     A last line that was cut off by a kill is dropped.
+
+    Raises:
+        ValueError: on another line that cannot be read, or runs of a problem with other settings.
     """
     text = path.read_text() if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
-    lines = [json.loads(line) for line in whole.splitlines()]
+    lines = [_read(path, n, line) for n, line in enumerate(whole.split("\n")[:-1], 1)]
     settings = {line["name"]: line for line in lines if line["kind"] == "problem"}
     path.parent.mkdir(parents=True, exist_ok=True)
     for problem in problems:
@@ -202,6 +205,19 @@ def load(path: Path, problems: Iterable[Problem]) -> Records:
     if whole != text:
         path.write_text(whole)
     return {_run(line): line for line in lines if line["kind"] == "run"}
+
+
+def _read(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or record.get("kind") not in ("problem", "run"):
+        raise ValueError(
+            f"{path}, line {number}: expected a run as JSON, got {line[:60]!r}; remove that line: "
+            "its run is made again if it is still wanted"
+        )
+    return record
 
 
 def _missing(problem: Problem, size: int, start: int, records: Records) -> list[Run]:
