@@ -508,7 +508,7 @@ class LayerTap:
     def _each(self, forms: Mapping[str, Form], known: dict[str, Tensor]) -> dict[str, Tensor]:
         """The squared norms [B] of the parameters, kept in `Taps.each`, less those of `Dense`.
 
-        Their sum is taken another way, and is to be the same to the last bit with `each` or without.
+        Their sum is taken another way, and is to be the same to the last bit with or without these.
         """
         norms = {own: known[own] if own in known else f.sq_norms() for own, f in forms.items()}
         task = torch._C._current_graph_task_id()
