@@ -49,7 +49,7 @@ def seconds(layer: nn.Module, shape: tuple[int, ...], rounds: int) -> list[list[
     x, dy = torch.randn(shape, requires_grad=True), torch.randn(shape)
     y = layer(x)
     each, rule = find_each(layer), find_rule(layer)
-    found = each.statistics(x, y)
+    found = each.statistics(y)
     weight = layer.weight.detach()
     x_alone = x.detach()
 

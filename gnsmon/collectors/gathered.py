@@ -50,11 +50,11 @@ class Gathered:
             self._add(some)
 
     def _add(self, brought: Sequence[Brought]) -> None:
-        every = (p for b in brought for p in b.pieces if isinstance(p, Tensor))
+        # isinstance(p, Tensor) is ten times slower.
+        every = (p for b in brought for p in b.pieces if type(p) is not Fill)
         tensors = [p if p.ndim == 1 else p.reshape(-1) for p in every]
         key = tuple(
-            (b.tap, tuple(p.numel() if isinstance(p, Tensor) else p for p in b.pieces))
-            for b in brought
+            (b.tap, tuple(p if type(p) is Fill else p.numel() for p in b.pieces)) for b in brought
         )
         flat = torch.cat(tensors) if tensors else torch.zeros(0)
         self.flat[key] = self.flat[key] + flat if key in self.flat else flat

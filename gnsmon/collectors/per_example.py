@@ -573,12 +573,12 @@ class PerExample:
         parts = {name: vector[:slots] for name, vector in shared.items()}
         proofs = {name: vector[slots:] for name, vector in shared.items()}
         for tap, vector in layers.items():
-            end = 1 + slots * len(tap.owned)
-            statistics = vector[1:end].reshape(-1, slots)
-            ends = end + np.cumsum([tap.rows[own] for own in tap.owned])
-            for (own, name), sums, stop in zip(tap.pairs(), statistics, ends, strict=True):
-                parts[name] = parts.get(name, 0) + sums
-                proofs[name] = proofs.get(name, 0) + vector[stop - tap.rows[own] : stop]
+            for name, sums, rows in tap.places:
+                if name in parts:
+                    parts[name] = parts[name] + vector[sums]
+                    proofs[name] = proofs[name] + vector[rows]
+                else:
+                    parts[name], proofs[name] = vector[sums], vector[rows]
         return parts, proofs
 
     def _missing(self, share: Share, trainable: Mapping[str, nn.Parameter]) -> dict[str, str]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+WIDE = (torch.float32, torch.float64)
 FEW = 2**16  # numbers whose sum of squares is right in float32 whatever the order
 CHUNK_BYTES = 64 * 2**20  # what one contraction may hold beside its arguments
 
@@ -201,10 +202,10 @@ def square_sum(t: Tensor) -> Tensor:
     if t.is_cuda or not t.is_contiguous():
         return wide(t).square().sum()
     flat = wide(t)
-    if t.ndim > 1 and t.numel() > FEW and 64 <= t.numel() // len(t) <= FEW:  # by all threads
+    if t.ndim > 1 and t.numel() > FEW and 64 <= t.numel() // t.shape[0] <= FEW:  # by all threads
         flat = torch.linalg.vector_norm(flat.flatten(1), dim=1)
     flat = flat.view(-1)
-    if len(flat) <= 2**18:
+    if flat.shape[0] <= 2**18:
         return torch.dot(flat, flat)
     pieces = flat.split(2**18)
     return torch.stack([torch.dot(piece, piece) for piece in pieces]).sum()
@@ -212,13 +213,12 @@ def square_sum(t: Tensor) -> Tensor:
 
 def wide(t: Tensor) -> Tensor:
     """`t` in float32, or as it is if already float32 or float64."""
-    return t.to(wider(t.dtype))
+    return t if t.dtype in WIDE else t.to(wider(t.dtype))
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
     """float32, or `dtype` if that is wider."""
-    known = dtype in (torch.float32, torch.float64)
-    return dtype if known else torch.promote_types(dtype, torch.float32)
+    return dtype if dtype in WIDE else torch.promote_types(dtype, torch.float32)
 
 
 def per_example(weights: Tensor, like: Tensor) -> Tensor:

@@ -88,10 +88,10 @@ def tapped(tap: LayerTap, y: Tensor, layout: Layout | None, x: Tensor) -> Tensor
     """
     weight, bias = tap.module._parameters["weight"], tap.module._parameters.get("bias")
     normed = tap.each.statistics(y) if tap.each is not None else ()
-    x, weight = x.to(y.dtype), weight.to(y.dtype)
+    x, weight = (t if t.dtype == y.dtype else t.to(y.dtype) for t in (x, weight))
     if isinstance(tap.module, nn.Linear) and not torch.compiler.is_compiling():
         weight = weight.view_as(weight)  # as F.linear does, so that weight.data may be replaced
-    bias = None if bias is None else bias.to(y.dtype)
+    bias = bias if bias is None or bias.dtype == y.dtype else bias.to(y.dtype)
     with without_autocast(y.device):
         return FusedTap.apply(y.detach(), tap.leaf, tap, layout, x, weight, bias, *normed)
 

@@ -150,6 +150,7 @@ class LayerTap:
         self._seen_apart = False  # the batch axis was once of another size than any other
         self._irregular = False  # its last rows had nothing to do with the batch
         self.rows = {name: direction.count for name, direction in self.directions.items()}
+        self.places = list(self._places(taps.slots))
         p = next(iter(own.values()))
         size = 2 + (1 + taps.slots) * len(own) + sum(self.rows.values())
         # A sketch's variance is of fourth powers, which leave the range of float32.
@@ -270,6 +271,13 @@ class LayerTap:
     def leaf(self) -> Tensor:
         """What this call's tap gives its gradient to."""
         return self.probe if torch.compiler.is_compiling() else self.pulse
+
+    def _places(self, slots: int) -> Iterator[tuple[str, slice, slice]]:
+        """Where in the vector are each parameter's sums, and its proof; by name in the model."""
+        start, first = 1, 1 + slots * len(self.owned)
+        for own, name in self.pairs():
+            yield name, slice(start, start + slots), slice(first, first + self.rows[own])
+            start, first = start + slots, first + self.rows[own]
 
     def pairs(self) -> Iterator[tuple[str, str]]:
         """The layer's own names of its parameters, each with the name in the model."""
