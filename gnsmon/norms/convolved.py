@@ -182,7 +182,8 @@ class Convolved(Form):
     def sogns_sq_norms(self, *, unit_variance: bool = False) -> Tensor:  # noqa: D102
         if self.inputs == "left" or unit_variance:
             return self.outer().sogns_sq_norms(unit_variance=unit_variance)
-        pixels = torch.linalg.vector_norm(wide(self._by_group(self.x)), dim=2).square()
+        # A norm over an axis that is not the last is slow (CPU, torch 2.13).
+        pixels = wide(self._by_group(self.x)).square().sum(2)
         in_patches = pixels @ self._patches_at().flatten().to(pixels.dtype)  # [B, G]
         summed = self.summed
         if summed is None:

@@ -159,10 +159,8 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if weight is None:
         weight = dy.new_empty(1).expand(ctx.weight_shape)  # its shape alone is read
     backward = partial(ctx.tap.backward, ctx.tap.module, x, dy, weight)
-    statistics, taken = (
-        None,
-        Taken(x, weight, normed, lambda: backward((False, True, False))[1], {}),
-    )
+    taken = Taken(x, weight, normed, lambda: backward((False, True, False))[1], {})
+    statistics = None
     wanted = ctx.needs_input_grad[4:7]
     with without_autocast(dy.device):
         if ctx.layout is not None:

@@ -67,12 +67,12 @@ def _layer_norm(
     """One example after the other."""
     shape, bias = list(module.normalized_shape), module.bias
     dx, dy, found = torch.empty_like(x), dy.contiguous(), []
-    for into, *example in zip(*(t.unbind() for t in (dx, dy, x, mean, rstd)), strict=True):
-        mine, own, mean, rstd = example
-        grad, *of_own = torch.ops.aten.native_layer_norm_backward(
-            mine, own, shape, mean, rstd, weight, bias, [True, True, bias is not None]
+    of_each = zip(*(t.unbind() for t in (dx, dy, x, mean, rstd)), strict=True)
+    for dx_b, dy_b, x_b, *normed in of_each:
+        gradient, *of_own = torch.ops.aten.native_layer_norm_backward(
+            dy_b, x_b, shape, *normed, weight, bias, [True, True, bias is not None]
         )
-        into.copy_(grad)
+        dx_b.copy_(gradient)
         found.append(of_own)
     gradients = {"weight": torch.stack([of_weight for of_weight, _ in found])}
     if bias is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 SMALL = 2**24  # multiply-adds of a sum over the batch below which a clock is not worth its time
+WORTH_KNOWING = 2**20  # numbers of a layer's input and output that a proof need not read then
 HOPELESS = 12.0  # times the least work: not even timed
 BEHIND = 3.0  # times the fastest, with the sum: not timed again
 FREE = 10  # times what squaring a product in between costs is the time of the product

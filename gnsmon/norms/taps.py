@@ -234,9 +234,12 @@ class LayerTap:
                 form = form.regroup(layout.batch)
             if not forced and form.batch * form.sum_work < plans.SMALL:
                 return False  # nothing to gain, and the gradients stay bitwise as they are
-            if self._wants_exact and not (compiling or forced):
+            if compiling or forced:
+                return True
+            if self._wants_exact:
                 plans.tune(form)
-        return True
+            # A backward of ours costs Python; without a plan for the sum all it saves is the proof.
+            return self._plan(form) is not None or x[0].numel() + y.numel() >= plans.WORTH_KNOWING
 
     def _plan(self, form: Form) -> Plan | None:
         """The plan by which the weight's exact norms come with the sum of the gradients, if any."""
