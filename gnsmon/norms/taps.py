@@ -201,14 +201,17 @@ class LayerTap:
 
     def _takes_over(self, x: tuple[Tensor, ...], y: Tensor, layout: Layout | None) -> bool:
         """Whether this call's backward is to be ours: once it was for some shapes, always."""
-        if self.backward is None or not fused.able(self, x):
+        compiling = torch.compiler.is_compiling()
+        if self.backward is None or not x:
             return False
-        if torch.compiler.is_compiling():
+        shapes = x[0].shape, y.shape, y.dtype
+        if not compiling and self._taken.get(shapes) is False or not fused.able(self, x):
+            return False
+        if compiling:
             return self.each is None and layout is not None and self._pays(x, y, layout)
         # What it has saved must not be asked for where hooks took it: it may not be computed yet.
         if self.each is not None and (_saving() is not None or not self.each.able(*x, y)):
             return False
-        shapes = x[0].shape, y.shape, y.dtype
         if shapes not in self._taken:
             # Known inside a checkpoint only when it is computed again, it would save other tensors.
             if in_backward() or not self.ways:
