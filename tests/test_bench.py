@@ -17,20 +17,32 @@ def bench(*arguments):
     part = "scaling" if "--scaling" in arguments else "cpu"
     document = Path("document.md")
     document.write_text(MARKS.format(part))
-    own = ["--threads", "1", "--out", "out.json", "--markdown", str(document)]
+    printed = run(SCRIPT, *arguments, "--out", "out.json", "--markdown", str(document))
+    text = document.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert printed.strip() in text
+    return printed, json.loads(Path("out.json").read_text())
+
+
+def run(script, *arguments):
+    """What a script prints, by one thread."""
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments, *own],
+        [sys.executable, str(script), "--threads", "1", *arguments],
         capture_output=True,
         text=True,
         check=False,
         env=environment,
     )
     assert done.returncode == 0, done.stderr
-    text = document.read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert done.stdout.strip() in text
-    return done.stdout, json.loads(Path("out.json").read_text())
+    return done.stdout
+
+
+def test_norm_layers_are_compared_with_their_rules():
+    printed = run(SCRIPT.with_name("norm_backward.py"), "--rounds", "1")
+    rows = [line for line in printed.splitlines() if " x " in line and "Norm" in line]
+    assert len(rows) == 4
+    assert all(float(cell) > 0 for line in rows for cell in line.split("│")[3:6])
 
 
 def test_every_step_is_compared_and_the_exact_ones_are_exact():

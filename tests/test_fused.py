@@ -58,15 +58,20 @@ def taken_over(loss: Tensor) -> int:
     return sum(type(node).__name__ == "FusedTapBackward" for node in seen)
 
 
+def passed(model, loss_of, batch):
+    """How many nodes of a backward are ours, and the gradients that it gives."""
+    model.zero_grad()
+    loss = loss_of(model, batch)
+    nodes = taken_over(loss)
+    loss.backward()
+    return nodes, gradients(model)
+
+
 def measured(model, loss_of, batch, engine: str = "fused"):
-    """The loss's graph, gradients and small norms of a step; the input's gradient among them."""
+    """The same of a step, with its reading."""
     gns, optimizer = attach(model, engine)
     with gns:
-        model.zero_grad()
-        loss = loss_of(model, batch)
-        nodes = taken_over(loss)
-        loss.backward()
-        found = gradients(model)
+        nodes, found = passed(model, loss_of, batch)
         optimizer.step()
         return nodes, found, gns.reading
 
@@ -817,15 +822,12 @@ def test_a_norm_layers_gradient_may_come_in_any_strides(kind, batch, after):
     given = []
     for engine in ("hooks", "fused"):
         into = x.clone().requires_grad_()
-        nodes, found, reading = measured(layer, loss, into, engine) if batch > 1 else (0, {}, None)
-        if batch == 1:  # there is no reading of one example, but its backward is taken over
+        if batch > 1:
+            nodes, found, reading = measured(layer, loss, into, engine)
+        else:  # there is no reading of one example, but its backward is taken over
             gns, _ = attach(layer, engine, strict=False)
             with gns:
-                layer.zero_grad()
-                of_it = loss(layer, into)
-                nodes = taken_over(of_it)
-                of_it.backward()
-                found = gradients(layer)
+                (nodes, found), reading = passed(layer, loss, into), None
         given.append((nodes, into.grad, found, reading and reading.raw.parts_sq_norm))
     assert [nodes for nodes, *_ in given] == [0, 1]
     torch.testing.assert_close(given[1][1], given[0][1], **CLOSE)
