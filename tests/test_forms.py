@@ -80,9 +80,10 @@ def by_hand(form: Form) -> Tensor:
             for index, value in zip(form.index[b], form.value[b], strict=True):
                 grad[index] += value
         else:
-            _, groups, positions, m = form.left.shape
+            left, right = form.grouped()
+            _, groups, positions, m = left.shape
             for g, t in product(range(groups), range(positions)):
-                grad[g * m : g * m + m] += torch.outer(form.left[b, g, t], form.right[b, g, t])
+                grad[g * m : g * m + m] += torch.outer(left[b, g, t], right[b, g, t])
         gradients.append(grad)
     return torch.stack(gradients)
 

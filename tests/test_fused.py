@@ -139,6 +139,8 @@ class Flops(TorchDispatchMode):
         if op._overloadpacket is torch.ops.aten.convolution_backward:  # torch's forgets the groups
             dy, weight, mask = args[0], args[2], args[10]
             self.total += 2 * dy.numel() * weight[0].numel() * (mask[0] + mask[1])
+        elif op._overloadpacket is torch.ops.aten.mv:  # torch counts no products with vectors
+            self.total += 2 * args[0].numel()
         elif op._overloadpacket in flop_registry:
             self.total += flop_registry[op._overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
@@ -158,7 +160,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize(("method", "by_hooks"), [("pepgns", 1.15), ("sogns", 1.004)])
+@pytest.mark.parametrize(("method", "by_hooks"), [("pepgns", 1.15), ("sogns", 1.01)])
 @pytest.mark.parametrize("name", MODELS)
 def test_no_product_is_repeated(name, method, by_hooks):
     """Nor is there one for the proof, of a gradient that is known."""
@@ -171,7 +173,7 @@ def test_no_product_is_repeated(name, method, by_hooks):
         gns, optimizer = attach(model, engine, method=method)
         with gns:
             counts[engine] = flops(model, batch, optimizer)
-    assert counts["fused"] < (1.02 if method == "pepgns" else 1.001) * bare
+    assert counts["fused"] < (1.02 if method == "pepgns" else 1.004) * bare
     assert counts["hooks"] > by_hooks * bare
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from itertools import accumulate
 from operator import add
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gnsmon.collectors.backward import Backwards, exactly
@@ -73,6 +75,15 @@ class _Pass:
     each: dict[str, list[Tensor]] = field(default_factory=dict)  # norms [B] of each parameter
 
 
+class _Places(NamedTuple):
+    """Where the numbers of each parameter are in the vectors of some taps, one after the other."""
+
+    parameters: NDArray[np.intp]  # [k] of each use, the column
+    sums: NDArray[np.intp]  # [slots, k] the places of what the ways give
+    proof: NDArray[np.intp]  # [r] the places of all rows
+    rows: NDArray[np.intp]  # [r] which rows they are of all parameters' proofs
+
+
 class PerExample:
     """Collects from the first backward after a step to the next step.
 
@@ -133,19 +144,24 @@ class PerExample:
         self._uncrossed: set[str] = set()  # parameters whose parts have no norm in the metric
         self.taps.ready(self._fired)
         self.names = [name for name, _ in model.named_parameters()]
-        self.gaps: dict[str, float] = {}  # parameter -> relative error at the last measurement
+        self._column = {name: i for i, name in enumerate(self.names)}
+        self._gaps = np.zeros(0)  # [n_parameters], relative, at the last measurement
+        self._proved = np.zeros(0, dtype=bool)  # [n_parameters], whether there was a proof
+        self._suspects: set[str] = set()
         self._taps_of: dict[str, list[LayerTap]] = {name: [] for name in self.names}
         for tap in self.taps.layers:
             for _, name in tap.pairs():
                 self._taps_of[name].append(tap)
         rows = {own: size for tap in self.taps.layers for own, size in _rows(tap)}
-        self._proved = list(rows)  # parameters, in the order of the proof
-        column = {name: i for i, name in enumerate(self.names)}
-        of_rows = np.repeat([column[name] for name in rows], list(rows.values()))
+        of_rows = np.repeat([self._column[name] for name in rows], list(rows.values()))
         self.columns = Columns(
             self.names, self.taps.slots, of_rows.astype(np.intp), metric is not None
         )
-        self._sizes = rows
+        self._on_cuda = np.array([p.is_cuda for p in model.parameters()])
+        ends = accumulate(rows.values())
+        self._first_rows = {name: end - rows[name] for name, end in zip(rows, ends, strict=True)}
+        self._places: dict[tuple[LayerTap, ...], _Places] = {}  # of the last step
+        self._gathered = Gathered()
         self._backwards = Backwards(
             model, ended=self._harvest, discarded=self._discard, strict=strict
         )
@@ -216,7 +232,7 @@ class PerExample:
     def _clear(self) -> None:
         self._passes: list[_Pass] = []
         self._layers: dict[LayerTap, Tensor] = {}  # summed probes
-        self._gathered = Gathered()
+        self._gathered.clear()
         self._shared: dict[str, Tensor] = {}  # as a probe, of one shared parameter
         self._big: dict[str, Tensor] = {}
         self._in_metric: dict[str, Tensor] = {}  # big norms
@@ -358,10 +374,11 @@ class PerExample:
         for tap, vector in self._gathered.vectors(eager).items():
             layers[tap] = layers[tap] + vector if tap in layers else vector
         for lengths, flat in vectors.items():
-            names, sizes = zip(*lengths, strict=True)
-            for name, vector in zip(names, np.split(flat, np.cumsum(sizes)[:-1]), strict=True):
-                big[name] = np.square(vector).sum(keepdims=True)
-                along[name] = vector
+            start = 0
+            for name, size in lengths:
+                along[name] = vector = flat[start : start + size]
+                big[name] = np.array([vector @ vector])
+                start += size
         whole_sq_norm = sum(float(a[0]) for a in big.values())
         if not np.isfinite(whole_sq_norm):
             return Skipped("nonfinite", "the gradient has infinite or undefined values")
@@ -385,22 +402,20 @@ class PerExample:
                     f"{tap.path}: it saw {count} examples of {whole}; it is called several "
                     "times in one forward, or its batch is not the model's"
                 )
-        parts, proofs = self._by_parameter({tap: layers[tap] for tap in counts}, shared)
-        missing = {name: why for name in self.names if (why := self._why(name, parts, apart))}
-        known = {name: sums for name, sums in parts.items() if name not in missing}
+        parts, proof, seen = self._by_parameter({tap: layers[tap] for tap in counts}, shared)
+        missing = self._left_out(parts, seen, apart)
+        parts[:, [self._column[name] for name in missing]] = 0.0
         total, squares, integral = weights.get("sums", (whole, whole, False))
         tokens = int(total) if integral else known_sum([p.tokens for p in self._passes])
         size = self._ranks.size  # the mean over so many is taken
         powers = [2 * (1 + i) for way in taps.ways for i in range(WAYS[way].width)]
-        nothing = np.zeros(taps.slots)
-        slots = np.stack([known.get(name, nothing) for name in self.names], axis=1)
         return Share(
-            parts_sq_norm=slots / np.power(float(size), powers)[:, None],
-            along=self._proof({name: (0, proof) for name, proof in proofs.items()}) / size,
+            parts_sq_norm=parts / np.power(float(size), powers)[:, None],
+            along=proof / size,
             big_sq_norm=np.array([big[n][0] if n in big else 0.0 for n in self.names]),
-            big_along=self._proof({n: (self._present[n], rows) for n, rows in along.items()}),
+            big_along=self._big_along(along),
             present=np.array([name in self._present for name in self.names]),
-            seen=np.array([name in parts for name in self.names]),
+            seen=seen,
             half=self._half(),
             whole=whole_sq_norm,
             sum_weights=float(total),
@@ -456,18 +471,19 @@ class PerExample:
         of_each = ((in_metric.get(n, np.zeros(1))[0], n in known) for n in self.names)
         return np.array(list(of_each), dtype=float).T
 
-    def _proof(self, values: Mapping[str, tuple[int, Array]]) -> Array:
-        """The rows of all parameters' proofs; of each there are some, from a first one on."""
-        rows = {name: np.zeros(size) for name, size in self._sizes.items()}
-        for name, (start, some) in values.items():
-            rows[name][start : start + len(some)] = some
-        return np.concatenate([np.zeros(0), *rows.values()])
+    def _big_along(self, along: Mapping[str, Array]) -> Array:
+        """`Share.big_along`: of each parameter this process may have some rows alone."""
+        rows = np.zeros(len(self.columns.of_rows))
+        for name, some in along.items():
+            start = self._first_rows[name] + self._present[name]
+            rows[start : start + len(some)] = some
+        return rows
 
     def norms(self, share: Share) -> Measured | Skipped:
         """The step's norms, from the share of this process or of all ranks."""
         trainable = self._trainable()
         missing = self._missing(share, trainable)
-        measured = np.array([name in trainable and name not in missing for name in self.names])
+        measured = self._among(trainable) & ~self._among(missing)
         if not measured.any():
             why = next(iter(missing.values()), "no parameter is trainable")
             return Skipped("nothing measured", why)
@@ -566,53 +582,93 @@ class PerExample:
         )
 
     def _by_parameter(
-        self, layers: dict[LayerTap, Array], shared: dict[str, Array]
-    ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """What the ways give, [slots], and the proofs [rows] of every tapped parameter."""
-        slots = self.taps.slots
-        parts = {name: vector[:slots] for name, vector in shared.items()}
-        proofs = {name: vector[slots:] for name, vector in shared.items()}
-        for tap, vector in layers.items():
-            for name, sums, rows in tap.places:
-                if name in parts:
-                    parts[name] = parts[name] + vector[sums]
-                    proofs[name] = proofs[name] + vector[rows]
-                else:
-                    parts[name], proofs[name] = vector[sums], vector[rows]
-        return parts, proofs
+        self, layers: Mapping[LayerTap, Array], shared: Mapping[str, Array]
+    ) -> tuple[Array, Array, NDArray[np.bool_]]:
+        """What the ways give, [slots, n_parameters], the proofs, and whose there are."""
+        n, slots = len(self.names), self.taps.slots
+        found = tuple(layers)
+        self._places = {found: self._places.get(found) or self._places_in(found)}
+        places, numbers = self._places[found], np.concatenate([np.zeros(0), *layers.values()])
+        parts, proof = np.zeros((slots, n)), np.zeros(len(self.columns.of_rows))
+        np.add.at(parts, (slice(None), places.parameters), numbers[places.sums])
+        np.add.at(proof, places.rows, numbers[places.proof])
+        seen = np.zeros(n, dtype=bool)
+        seen[places.parameters] = True
+        for name, vector in shared.items():
+            at, row = self._column[name], self._first_rows[name]
+            parts[:, at] += vector[:slots]
+            proof[row : row + len(vector) - slots] += vector[slots:]
+            seen[at] = True
+        return parts, proof, seen
+
+    def _places_in(self, taps: Sequence[LayerTap]) -> _Places:
+        start, uses, proof, rows = 0, [], [], []
+        for tap in taps:
+            for name, sums, own in tap.places:
+                first = self._first_rows[name]
+                uses.append([self._column[name], *range(start + sums.start, start + sums.stop)])
+                proof.append(np.arange(start + own.start, start + own.stop))
+                rows.append(np.arange(first, first + own.stop - own.start))
+            start += len(tap.probe)
+        every = np.array(uses, dtype=np.intp).reshape(-1, 1 + self.taps.slots).T
+        none = np.zeros(0, dtype=np.intp)
+        both = np.concatenate([none, *proof]), np.concatenate([none, *rows])
+        return _Places(every[0], every[1:], *both)
 
     def _missing(self, share: Share, trainable: Mapping[str, nn.Parameter]) -> dict[str, str]:
         """Why trainable parameters are not in this step's norms."""
-        column = {name: i for i, name in enumerate(self.names)}
-        gap = gaps(share, self.columns, share.big_sq_norm)
-        proved = [n for n in self._proved if share.seen[column[n]] and share.present[column[n]]]
-        self.gaps = {name: float(gap[column[name]]) for name in proved}
+        gap = self._gaps = gaps(share, self.columns, share.big_sq_norm)
+        here = self._proved = share.seen & share.present
+        wrong = ~(gap <= np.where(share.half, HALF_TOLERANCE, self._tolerances()))
+        proved = here & ~self._among(share.missing)
+        self._look_into({self.names[i] for i in np.flatnonzero(proved & wrong)}, proved)
+        doubtful = {self.names[i] for i in np.flatnonzero(~proved | wrong)}
         missing = {}
-        for name, p in trainable.items():
-            at = column.get(name)
-            if at is None:
+        for name in trainable:
+            if name not in self._column:
                 missing[name] = "it was added to the model after attach"
+            elif name not in doubtful:
+                continue
             elif name in share.missing:
                 missing[name] = share.missing[name]
-            elif not share.present[at]:
+            elif not share.present[self._column[name]]:
                 missing[name] = UNUSED
-            elif not share.seen[at]:
+            elif not share.seen[self._column[name]]:
                 missing[name] = self._unseen(name)
-            elif self._suspect(name, not gap[at] <= _tolerance(p, bool(share.half[at]))):
+            else:
                 missing[name] = (
                     f"the gradients of the examples do not add up to .grad (off by "
-                    f"{gap[at]:.1%}): the parameter is also used outside its layer's "
-                    "forward, penalised in the loss, changed by a hook, not cleared since an "
-                    "earlier step, rounded to half precision, or its rule is wrong"
+                    f"{gap[self._column[name]]:.1%}): the parameter is also used outside its "
+                    "layer's forward, penalised in the loss, changed by a hook, not cleared since "
+                    "an earlier step, rounded to half precision, or its rule is wrong"
                     + UNREDUCED
                     * (self._ranks.size > 1)
                 )
         return missing
 
-    def _suspect(self, name: str, wrong: bool) -> bool:
-        """Whether a parameter's parts are wrong, and so to be looked at in the same rows again."""
-        self.taps.directions[name].suspect = wrong
-        return wrong
+    @property
+    def gaps(self) -> dict[str, float]:
+        """How far each parameter's parts were from `.grad` at the last measurement, relative."""
+        return {self.names[i]: float(self._gaps[i]) for i in np.flatnonzero(self._proved)}
+
+    def _look_into(self, wrong: set[str], proved: NDArray[np.bool_]) -> None:
+        """Have parameters whose parts are wrong looked at in the same rows until they are right."""
+        unknown = {name for name in self._suspects if not proved[self._column[name]]}
+        suspects = wrong | unknown
+        for name in self._suspects ^ suspects:
+            self.taps.directions[name].suspect = name in suspects
+        self._suspects = suspects
+
+    def _among(self, names: Iterable[str]) -> NDArray[np.bool_]:
+        """Which parameters are among `names`, [n_parameters]."""
+        found = np.zeros(len(self.names), dtype=bool)
+        found[[self._column[name] for name in names if name in self._column]] = True
+        return found
+
+    def _tolerances(self) -> Array:
+        """How far the parts may be from `.grad`, but in half precision."""
+        rounded = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+        return np.where(self._on_cuda & rounded, TF32_TOLERANCE, TOLERANCE)
 
     def _half(self) -> Array:
         """Of which parameters the statistics come from half precision."""
@@ -620,18 +676,28 @@ class PerExample:
         half |= {name for tap in self.taps.layers if tap.half for name in tap.names}
         return np.array([self.taps.half or name in half for name in self.names])
 
-    def _why(self, name: str, parts: Mapping[str, Array], apart: Mapping[str, str]) -> str | None:
-        """Why this process leaves a parameter out; another's part may still be the only one."""
-        if name in self.taps.untapped:
-            return self.taps.untapped[name]
-        for tap in self._taps_of[name]:
-            if tap.reason:
-                return tap.reason
-        if name not in parts or name not in self._present:
-            return None
-        if ABSENT in parts[name]:
-            return f"the rule of {self._taps_of[name][0].path} gives it no gradient"
-        return apart.get(name)
+    def _left_out(
+        self, parts: Array, seen: NDArray[np.bool_], apart: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Why this process leaves parameters out; another's part may still be the only one."""
+        reasons = {tap: tap.reason for tap in self.taps.layers if tap.reason}
+        absent = {self.names[i] for i in np.flatnonzero((parts == ABSENT).any(0))}
+        of_taps = {name for tap in reasons for name in tap.names}
+        missing = {}
+        for name in sorted(of_taps | absent | apart.keys() | self.taps.untapped.keys()):
+            own = [reasons[tap] for tap in self._taps_of[name] if tap in reasons]
+            if name in self.taps.untapped:
+                missing[name] = self.taps.untapped[name]
+            elif own:
+                missing[name] = own[0]
+            elif not seen[self._column[name]] or name not in self._present:
+                continue
+            elif name in absent:
+                tap = self._taps_of[name][0]
+                missing[name] = f"the rule of {tap.path} gives it no gradient"
+            else:
+                missing[name] = apart[name]
+        return missing
 
     def _unseen(self, name: str) -> str:
         tap = self._taps_of[name][0]
@@ -645,13 +711,6 @@ class PerExample:
 def _rows(tap: LayerTap) -> Iterator[tuple[str, int]]:
     """The layer's parameters, each with the number of rows in its proof."""
     return ((name, tap.rows[own]) for own, name in tap.pairs())
-
-
-def _tolerance(p: Tensor, half: bool) -> float:
-    if half:
-        return HALF_TOLERANCE
-    rounded = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
-    return TF32_TOLERANCE if p.is_cuda and rounded else TOLERANCE
 
 
 def _subset_sums(sizes: Sequence[int]) -> set[int]:

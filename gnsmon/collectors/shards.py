@@ -16,7 +16,7 @@ SUPPORTED = (
 
 def is_sharded(t: Tensor) -> bool:
     """Whether it is a DTensor; without importing what few runs need."""
-    return hasattr(t, "placements") and hasattr(t, "to_local")
+    return type(t) is not Tensor and hasattr(t, "placements") and hasattr(t, "to_local")
 
 
 def is_managed(model: nn.Module) -> bool:

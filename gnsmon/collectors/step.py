@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -171,6 +172,6 @@ def to_host(*groups: dict[Any, Tensor]) -> list[dict[Any, Array]]:
     device = tensors[0].device
     on_device = [t if t.device == device else t.to(device) for t in tensors]
     flat = torch.cat(on_device).detach().to("cpu", torch.float64).numpy()
-    ends = np.cumsum([tensor.numel() for tensor in tensors])
-    pieces = iter(np.split(flat, ends[:-1]))
+    ends = accumulate(tensor.shape[0] for tensor in tensors)
+    pieces = (flat[i:j] for i, j in pairwise(chain([0], ends)))
     return [{key: next(pieces) for key in group} for group in groups]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 WIDE = (torch.float32, torch.float64)
 FEW = 2**16  # numbers whose sum of squares is right in float32 whatever the order
+ALL = slice(None)
 CHUNK_BYTES = 64 * 2**20  # what one contraction may hold beside its arguments
 
 
@@ -22,35 +24,37 @@ def outer_sq_norms(left: Tensor, right: Tensor, *, path: Literal["direct", "gram
     wider. At T = 1 either is |left|^2 |right|^2 (Goodfellow 2015).
 
     Args:
-        left: [B, G, T, m], with T the positions that share the parameter.
-        right: [B, G, T, n].
+        left: [B, G, T, m], with T the positions that share the parameter; [B, T, m] for one group.
+        right: [B, G, T, n], or [B, T, n].
         path: which contraction; `Outer.plans` have the choice.
     """
-    (batch, groups, positions, m), n = left.shape, right.shape[-1]
+    (batch, *groups, positions, m), n = left.shape, right.shape[-1]
+    axes = tuple(range(1, left.ndim))
     if positions == 1:
-        return (squares(left, 3) * squares(right, 3)).sum((1, 2))
+        return (squares(left, -1) * squares(right, -1)).sum(axes[:-1])
 
     def direct(examples: slice, rows: slice) -> Tensor:
-        return squares(left[examples, ..., rows].mT @ right[examples], (1, 2, 3))
+        return squares(_part(left, examples, rows).mT @ _part(right, examples), axes)
 
     def gram(examples: slice, rows: slice) -> Tensor:
-        a, b = wide(left[examples]), wide(right[examples])
-        return ((a[:, :, rows] @ a.mT) * (b[:, :, rows] @ b.mT)).sum((1, 2, 3))
+        a, b = wide(_part(left, examples)), wide(_part(right, examples))
+        return ((a[..., rows, :] @ a.mT) * (b[..., rows, :] @ b.mT)).sum(axes)
 
     # Per row of the result: it and its float32 square, or two Gram matrices and their product.
+    size = prod(groups) * _itemsize(left)
     if path == "direct":
-        return _chunked(direct, batch, m, row_bytes=2 * groups * n * _itemsize(left))
-    return _chunked(gram, batch, positions, row_bytes=3 * groups * positions * _itemsize(left))
+        return _chunked(direct, batch, m, row_bytes=2 * size * n)
+    return _chunked(gram, batch, positions, row_bytes=3 * size * positions)
 
 
 def outer_sum_and_sq_norms(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """sum_bt left_bgt (x) right_bgt, [G, m, n], and the squared norms [B] of its examples' terms.
 
     Example by example, so that each gradient is squared and added while it is in cache: the work of
-    the sum alone, and one square-sum of m n numbers an example. Shapes as in `outer_sq_norms`; in
-    float32 or wider.
+    the sum alone, and one square-sum of m n numbers an example. Shapes as in `outer_sq_norms`, the
+    sum [m, n] where there is no axis of groups; in float32 or wider.
     """
-    if left.shape[3] < right.shape[3]:  # the longer side first runs faster (CPU, torch 2.13)
+    if left.shape[-1] < right.shape[-1]:  # the longer side first runs faster (CPU, torch 2.13)
         total, norms = outer_sum_and_sq_norms(right, left)
         return total.mT, norms
     # A compiled graph would hold the loop unrolled, once more for each number of examples.
@@ -59,21 +63,19 @@ def outer_sum_and_sq_norms(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _in_turn(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    total, product = _total(left, right), torch.bmm
-    mine, norms = total, total.new_empty(len(left), *total.shape[:2])
+    total, product = _total(left, right), torch.bmm if left.ndim == 4 else torch.mm
+    norms = total.new_empty(len(left), *total.shape[:-1])
     if not len(left):  # as a compiled graph of any batch may be given
         total.zero_()
-    if len(total) == 1:  # a bmm of one matrix is slower than its mm
-        left, right, mine, norms, product = left[:, 0], right[:, 0], total[0], norms[:, 0], torch.mm
-    gradient = torch.empty_like(mine, dtype=left.dtype)
-    whole = gradient.dtype == mine.dtype  # the first is the sum so far, unless it has less digits
+    gradient = torch.empty_like(total, dtype=left.dtype)
+    whole = gradient.dtype == total.dtype  # the first is the sum so far, unless it has less digits
     of_each = zip(left.mT.unbind(), right.unbind(), norms.unbind(), strict=True)
     for i, (x, y, rows) in enumerate(of_each):
-        into = gradient if i or not whole else mine
+        into = gradient if i or not whole else total
         product(x, y, out=into)
         torch.linalg.vector_norm(wide(into), dim=-1, out=rows)
         if into is gradient:
-            mine.add_(gradient) if i else mine.copy_(gradient)
+            total.add_(gradient) if i else total.copy_(gradient)
     return total, norms.square_().flatten(1).sum(1)
 
 
@@ -92,7 +94,7 @@ def _(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _total(left: Tensor, right: Tensor) -> Tensor:
-    shape = left.shape[1], left.shape[3], right.shape[3]
+    shape = *left.shape[1:-2], left.shape[-1], right.shape[-1]
     return left.new_empty(shape, dtype=wider(left.dtype))
 
 
@@ -157,7 +159,8 @@ def sogns_sq_norms(
     """SOGNS approximation of `outer_sq_norms`, [B], at one pass over each factor.
 
     eta_b^2 = I sigma_b^2 |sum_t dy_bt|^2 with sigma_b^2 = sum_ti x_bti^2 / (T I), per group, for
-    dy = left [B, G, T, K] and x = right [B, G, T, I] (Gray, Samar & Hestness 2023, section 3.1).
+    dy = left [B, G, T, K] and x = right [B, G, T, I], or without the axis of groups where there is
+    one (Gray, Samar & Hestness 2023, section 3.1).
     It takes the activations for independent zero-mean normals, is exact at T = 1 or one input at
     all positions, and biased by tens of percent on real networks: to be calibrated.
 
@@ -165,10 +168,11 @@ def sogns_sq_norms(
         left: gradients at the output.
         right: activations at the input.
         unit_variance: their "naive" variant with sigma_b = 1 (appendix D).
-        summed: `left` summed over positions, [B, G, K], if that is known.
+        summed: `left` summed over positions, [B, G, K] or [B, K], if that is known.
     """
     scale = _sigma_sq(right) if not unit_variance else right.shape[-1]
-    return (scale * squares(_summed(left) if summed is None else summed, 2)).sum(1)
+    norms = scale * squares(_summed(left) if summed is None else summed, -1)
+    return norms if norms.ndim == 1 else norms.sum(1)
 
 
 def sogns_big_sq_norm(left: Tensor, right: Tensor) -> Tensor:
@@ -231,11 +235,16 @@ def _itemsize(t: Tensor) -> int:
 
 
 def _sigma_sq(x: Tensor) -> Tensor:
-    return squares(x, (2, 3)) / x.shape[2]  # I sigma_b^2, [B, G]
+    return squares(x, (x.ndim - 2, -1)) / x.shape[-2]  # I sigma_b^2, [B, G] or [B]
 
 
 def _summed(dy: Tensor) -> Tensor:
-    return dy.sum(2, dtype=wider(dy.dtype))  # [B, G, K]
+    return dy.sum(-2, dtype=wider(dy.dtype))  # [B, G, K] or [B, K]
+
+
+def _part(t: Tensor, examples: slice, columns: slice = ALL) -> Tensor:
+    """Some of the examples, and of the last axis; to take all costs nothing."""
+    return t if examples is ALL and columns is ALL else t[examples, ..., columns]
 
 
 def _chunked(
@@ -243,7 +252,7 @@ def _chunked(
 ) -> Tensor:
     """`part(examples, rows)` [examples], rows summed, in pieces of at most CHUNK_BYTES."""
     if batch * rows * row_bytes <= CHUNK_BYTES:
-        return part(slice(None), slice(None))
+        return part(ALL, ALL)
     examples = max(1, CHUNK_BYTES // (rows * row_bytes))
     step = max(1, min(rows, CHUNK_BYTES // row_bytes))
     return torch.cat(

@@ -120,29 +120,38 @@ class Outer(Form):
     plans: ClassVar[Mapping[str, Plan]]
 
     def __post_init__(self) -> None:
-        left, right = (t[:, None] if t.ndim == 3 else t for t in (self.left, self.right))
-        if left.ndim != 4 or left.shape[:3] != right.shape[:3]:
+        left, right = self.left, self.right
+        if left.ndim not in (3, 4) or left.shape[:-1] != right.shape[:-1]:
             raise ValueError(
                 "Outer: expected left [B, T, m] and right [B, T, n], or [B, G, T, m] and "
                 f"[B, G, T, n]; got {list(self.left.shape)} and {list(self.right.shape)}"
             )
-        matrix = (left.shape[1] * left.shape[3], right.shape[3])
+        matrix = (self.groups * left.shape[-1], right.shape[-1])
         shape = matrix if self.shape is None else tuple(self.shape)
-        if (prod(shape[:1]), prod(shape[1:])) != matrix:
+        if shape != matrix and (prod(shape[:1]), prod(shape[1:])) != matrix:
             raise ValueError(
                 f"Outer: the factors give a gradient {list(matrix)}, which cannot be viewed as a "
                 f"parameter of shape {list(shape)}"
             )
         if left.dtype != right.dtype:
             dtype = torch.promote_types(left.dtype, right.dtype)
-            left, right = left.to(dtype), right.to(dtype)
-        object.__setattr__(self, "left", left)
-        object.__setattr__(self, "right", right)
+            object.__setattr__(self, "left", left.to(dtype))
+            object.__setattr__(self, "right", right.to(dtype))
         object.__setattr__(self, "shape", shape)
 
     @property
     def batch(self) -> int:  # noqa: D102
-        return len(self.left)
+        return self.left.shape[0]
+
+    @property
+    def groups(self) -> int:
+        """Blocks that an example's gradient has."""
+        return self.left.shape[1] if self.left.ndim == 4 else 1
+
+    def grouped(self) -> tuple[Tensor, Tensor]:
+        """Both factors with an axis of groups, [B, G, T, m] and [B, G, T, n]."""
+        left, right = (t if t.ndim == 4 else t[:, None] for t in (self.left, self.right))
+        return left, right
 
     def sq_norms(self) -> Tensor:  # noqa: D102
         plan = self.plans["gram"] if self.positions == 1 else plans.chosen(self)
@@ -150,52 +159,55 @@ class Outer(Form):
 
     @property
     def signature(self) -> Hashable:  # noqa: D102
-        groups, positions, m = self.left.shape[1:]
-        sizes = groups, plans.bucket(positions), m, self.right.shape[3]
+        positions, m = self.left.shape[-2:]
+        sizes = self.groups, plans.bucket(positions), m, self.right.shape[-1]
         return *sizes, self.left.dtype, self.left.device
 
     @property
     def positions(self) -> int:
         """Positions that share the parameter."""
-        return self.left.shape[2]
+        return self.left.shape[-2]
 
     @property
     def sum_work(self) -> float:  # noqa: D102
-        return self.left.shape[2] * prod(self.shape)
+        return self.positions * prod(self.shape)
 
     def sogns_sq_norms(self, *, unit_variance: bool = False) -> Tensor:  # noqa: D102
         dy, x = self.left, self.right
         if self.inputs == "left":
             dy, x = x, dy
-        summed = None if self.summed is None else self.summed.unflatten(1, (dy.shape[1], -1))
+        summed = self.summed
+        if summed is not None and dy.ndim == 4:
+            summed = summed.unflatten(1, (self.groups, -1))
         return contractions.sogns_sq_norms(dy, x, unit_variance=unit_variance, summed=summed)
 
     def sum(self, weights: Tensor | None = None) -> Tensor:  # noqa: D102
         left = self.left if weights is None else self.left * per_example(weights, self.left)
-        left, right = (t.transpose(0, 1).flatten(1, 2) for t in (left, self.right))
+        left, right = _over_batch(left), _over_batch(self.right)
         return (left.mT @ right).reshape(self.shape)
 
     def sum_along(self, direction: Tensor, rows: Some = None) -> Tensor:  # noqa: D102
-        along, left = wide(self.right) @ wide(direction), self.left  # [B, G, T]
-        if left.shape[1] == 1:
-            left, rows = chosen(left, rows, 3), None
-        left = wide(left).transpose(0, 1).flatten(1, 2)  # [G, B * T, m]
-        every = left.mT @ along.transpose(0, 1).flatten(1)[..., None]
-        return chosen(every.flatten(), rows)
+        along = _over_batch(wide(self.right)) @ wide(direction)  # [B * T] or [G, B * T]
+        left = _over_batch(self.left)
+        if left.ndim == 2:
+            return wide(chosen(left, rows, 1)).mT @ along
+        return chosen((wide(left).mT @ along[..., None]).flatten(), rows)
 
     def project(self, w: Tensor) -> Tensor:  # noqa: D102
-        along = wide(self.right) @ (w if w.ndim == 2 else w[:, None])
-        return (wide(self.left).mT @ along).flatten(1, 2)
+        left, right = self.grouped()
+        along = wide(right) @ (w if w.ndim == 2 else w[:, None])
+        return (wide(left).mT @ along).flatten(1, 2)
 
     def project_back(self, f: Tensor) -> Tensor:  # noqa: D102
-        along = wide(self.left) @ f.unflatten(1, (self.left.shape[1], -1))
-        return (wide(self.right).mT @ along).sum(1)
+        left, right = self.grouped()
+        along = wide(left) @ f.unflatten(1, (self.groups, -1))
+        return (wide(right).mT @ along).sum(1)
 
     def regroup(self, batch: int) -> Outer:  # noqa: D102
-        left, right = (
-            _regrouped(t, batch).transpose(1, 2).flatten(2, 3) for t in (self.left, self.right)
-        )
-        return Outer(left, right, self.shape, self.inputs)
+        factors = (_regrouped(t, batch) for t in (self.left, self.right))
+        if self.left.ndim == 4:
+            factors = (t.transpose(1, 2) for t in factors)
+        return Outer(*(t.flatten(-3, -2) for t in factors), self.shape, self.inputs)
 
     def dense(self) -> Tensor:  # noqa: D102
         return (self.left.mT @ self.right).reshape(-1, *self.shape)
@@ -210,8 +222,8 @@ def _by_gram(form: Outer) -> Tensor:
 
 
 def _gram_work(form: Outer) -> float:
-    groups, positions, m = form.left.shape[1:]
-    return groups * positions**2 * (m + form.right.shape[3])
+    positions, m = form.left.shape[-2:]
+    return form.groups * positions**2 * (m + form.right.shape[-1])
 
 
 def _summed_too(form: Outer) -> tuple[Tensor, Tensor]:
@@ -220,14 +232,15 @@ def _summed_too(form: Outer) -> tuple[Tensor, Tensor]:
 
 
 def _by_kernel(form: Outer) -> tuple[Tensor, Tensor]:
-    total, norms = kernels.outer_sum_and_sq_norms(form.left[:, 0], form.right[:, 0])
+    left, right = (t if t.ndim == 3 else t[:, 0] for t in (form.left, form.right))
+    total, norms = kernels.outer_sum_and_sq_norms(left, right)
     return total.reshape(form.shape), norms
 
 
 def _kernel_work(form: Outer) -> float:
     """A little less than without a kernel, where there is one."""
-    one_group = form.left.shape[1] == 1 and form.left.dtype != torch.float64
-    return 0.95 * form.sum_work if one_group and kernels.available(form.left.device) else inf
+    able = form.left.is_cuda and form.groups == 1 and form.left.dtype != torch.float64
+    return 0.95 * form.sum_work if able and kernels.available(form.left.device) else inf
 
 
 Outer.plans = {
@@ -414,10 +427,11 @@ def inner(a: Form, b: Form) -> Tensor:
     (a,), (b,) = a.uses(), b.uses()
     if isinstance(b, Outer) and not isinstance(a, Outer):
         a, b = b, a
-    if isinstance(a, Outer) and isinstance(b, Outer) and a.left.shape[1] == b.left.shape[1]:
-        return contractions.outer_inner(a.left, a.right, b.left, b.right)
-    if isinstance(a, Outer) and isinstance(b, Rows) and a.left.shape[1] == 1:
-        return contractions.outer_rows_inner(a.left[:, 0], a.right[:, 0], b.index, b.value)
+    if isinstance(a, Outer) and isinstance(b, Outer) and a.groups == b.groups:
+        return contractions.outer_inner(*a.grouped(), *b.grouped())
+    if isinstance(a, Outer) and isinstance(b, Rows) and a.groups == 1:
+        left, right = a.grouped()
+        return contractions.outer_rows_inner(left[:, 0], right[:, 0], b.index, b.value)
     if isinstance(a, Rows) and isinstance(b, Rows):
         return contractions.rows_inner(a.index, a.value, b.index, b.value)
     product = wide(a.dense()) * wide(b.dense())
@@ -431,16 +445,19 @@ def _merged(parts: tuple[Form, ...]) -> list[Form]:
     """
     outers, rows, dense = ([p for p in parts if isinstance(p, k)] for k in (Outer, Rows, Dense))
     merged: list[Form] = []
-    for groups in sorted({p.left.shape[1] for p in outers}):
-        uses = [p for p in outers if p.left.shape[1] == groups]
-        factors = torch.cat([p.left for p in uses], 2), torch.cat([p.right for p in uses], 2)
-        merged.append(Outer(*factors, uses[0].shape))
+    for groups in sorted({p.groups for p in outers}):
+        factors = zip(*(p.grouped() for p in outers if p.groups == groups), strict=True)
+        merged.append(Outer(*(torch.cat(some, 2) for some in factors), outers[0].shape))
     if rows:
         index, value = torch.cat([p.index for p in rows], 1), torch.cat([p.value for p in rows], 1)
         merged.append(Rows(index, value, rows[0].shape))
     if dense:
         merged.append(Dense(torch.stack([wide(p.grad) for p in dense]).sum(0)))
     return merged + [p for p in parts if not isinstance(p, (Outer, Rows, Dense))]
+
+
+def _over_batch(t: Tensor) -> Tensor:  # [B, T, m] -> [B * T, m], [B, G, T, m] -> [G, B * T, m]
+    return t.flatten(0, 1) if t.ndim == 3 else t.transpose(0, 1).flatten(1, 2)
 
 
 def _regrouped(t: Tensor, batch: int) -> Tensor:  # [N, ...] -> [batch, N / batch, ...]
