@@ -34,7 +34,7 @@ def outer_sq_norms(left: Tensor, right: Tensor, *, path: Literal["direct", "gram
         return (squares(left, -1) * squares(right, -1)).sum(axes[:-1])
 
     def direct(examples: slice, rows: slice) -> Tensor:
-        return squares(_part(left, examples, rows).mT @ _part(right, examples), axes)
+        return squares(_products(_part(left, examples, rows), _part(right, examples)), axes)
 
     def gram(examples: slice, rows: slice) -> Tensor:
         a, b = wide(_part(left, examples)), wide(_part(right, examples))
@@ -45,6 +45,13 @@ def outer_sq_norms(left: Tensor, right: Tensor, *, path: Literal["direct", "gram
     if path == "direct":
         return _chunked(direct, batch, m, row_bytes=2 * size * n)
     return _chunked(gram, batch, positions, row_bytes=3 * size * positions)
+
+
+def outer_square_sum(left: Tensor, right: Tensor) -> Tensor:
+    """The sum of `outer_sq_norms` over the examples, by "direct"."""
+    if left.shape[-2] > 1 and prod(left.shape[:-2]) * left.shape[-1] * right.shape[-1] <= FEW:
+        return square_sum(_products(left, right))
+    return outer_sq_norms(left, right, path="direct").sum()
 
 
 def outer_sum_and_sq_norms(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,6 +247,11 @@ def _sigma_sq(x: Tensor) -> Tensor:
 
 def _summed(dy: Tensor) -> Tensor:
     return dy.sum(-2, dtype=wider(dy.dtype))  # [B, G, K] or [B, K]
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """sum_t left_bgt (x) right_bgt, [B, G, m, n] or [B, m, n]; matmul takes twice a small bmm's."""
+    return (torch.bmm if left.ndim == 3 else torch.matmul)(left.mT, right)
 
 
 def _part(t: Tensor, examples: slice, columns: slice = ALL) -> Tensor:

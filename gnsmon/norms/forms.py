@@ -154,8 +154,14 @@ class Outer(Form):
         return left, right
 
     def sq_norms(self) -> Tensor:  # noqa: D102
-        plan = self.plans["gram"] if self.positions == 1 else plans.chosen(self)
+        plan = self.plans["direct"] if self.positions == 1 else plans.chosen(self)
         return plan.sq_norms(self)
+
+    def sum_sq_norms(self) -> Tensor:  # noqa: D102
+        plan = self.plans["direct"] if self.positions == 1 else plans.chosen(self)
+        if plan is self.plans["direct"]:
+            return contractions.outer_square_sum(self.left, self.right)
+        return plan.sq_norms(self).sum()
 
     @property
     def signature(self) -> Hashable:  # noqa: D102

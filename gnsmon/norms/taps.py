@@ -520,15 +520,12 @@ class LayerTap:
         return [*pieces, Fill(float(compiled), 1), Fill(0.0, len(self.owned))]
 
     def _each(self, forms: Mapping[str, Form], known: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The squared norms [B] of the parameters, kept in `Taps.each`, less those of `Dense`.
-
-        Their sum is taken another way, and is to be the same to the last bit with or without these.
-        """
+        """The exact norms [B] of the parameters, which are kept in `Taps.each` too."""
         norms = {own: known[own] if own in known else f.sq_norms() for own, f in forms.items()}
         task = torch._C._current_graph_task_id()
         name = dict(self.pairs())
         self.taps.each.extend(Each(task, name[own], norms[own]) for own in norms)
-        return {own: norms[own] for own, form in forms.items() if not isinstance(form, Dense)}
+        return norms
 
     def _take(self, forms: Mapping[str, Form], taken: fused.Taken) -> dict[str, Tensor]:
         """Put the layer's gradients into `taken`; the exact norms [B] that came with them."""
