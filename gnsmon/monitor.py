@@ -8,7 +8,7 @@ import platform
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from importlib.metadata import version
@@ -639,7 +639,10 @@ class Monitor:
             columns["approximation"] = known
         groups = Groups(self._groups, ratios, columns)
         total = groups.at(0)
-        reading = Reading(
+        # As `_advise` has it, without what a person reads.
+        layout = Layout(self._ranks.size, norms.microbatch)
+        found = suggested(total, present=pair.examples, layout=layout)
+        return Reading(
             step=self.step,
             examples=pair.examples,
             tokens=norms.tokens,
@@ -649,12 +652,9 @@ class Monitor:
             coverage=self._fraction(method, norms),
             overhead=self._clock.overhead,
             skipped=dict(self.skipped),
+            suggested_batch_size=found.batch_size if found else None,
             groups=groups.take(_seen(s, g)),
         )
-        # As `_advise` has it, without what a person reads.
-        layout = Layout(self._ranks.size, norms.microbatch)
-        found = suggested(reading, present=reading.examples, layout=layout)
-        return replace(reading, suggested_batch_size=found.batch_size if found else None)
 
     def _by_group(self, values: Array) -> Array:
         """Sums over parameters [n_parameters] as [n_groups], the total first."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from gnsmon.advice.goal import Goal, examples_factor, steps_factor
 from gnsmon.advice.layout import Layout, Split
 from gnsmon.advice.optimizers import ADAPTIVE, ANISOTROPIC, family_of
-from gnsmon.estimators.values import Reading, Status
+from gnsmon.estimators.values import GroupReading, Reading, Status
 
 PROXIES = {
     "sogns": "its per-example norms were 1.4 to 2.9 times the exact ones on a small GPT",
@@ -218,7 +218,11 @@ def advise(
 
 
 def suggested(
-    reading: Reading, *, present: int, goal: Goal | None = None, layout: Layout | None = None
+    reading: Reading | GroupReading,
+    *,
+    present: int,
+    goal: Goal | None = None,
+    layout: Layout | None = None,
 ) -> Split | None:
     """The batch to use: `present` unless the interval excludes it by more than sqrt 2.
 

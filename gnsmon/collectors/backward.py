@@ -35,7 +35,7 @@ class Backwards:
         discarded: Callable[[], None],
         strict: bool,
     ):
-        self._model, self._strict = model, strict
+        self._device, self._strict = device_of(model), strict
         self._ended, self._discarded = ended, discarded
         self._sentinel = _Sentinel(model)
         self.clear()
@@ -73,7 +73,7 @@ class Backwards:
 
     def guarded(self, fn: Callable[..., None], *args: Any) -> None:
         """`fn(*args)`, exactly and surviving."""
-        with self.surviving(), exactly(self._model):
+        with self.surviving(), exactly(self._device):
             fn(*args)
 
     @contextmanager
@@ -102,10 +102,14 @@ class Backwards:
         self._sentinel.remember()
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """That of its first parameter."""
+    return next(model.parameters()).device
+
+
 @contextmanager
-def exactly(model: nn.Module) -> Iterator[None]:
+def exactly(device: torch.device) -> Iterator[None]:
     """Without gradients, and without the autocast that the training loop may be inside of."""
-    device = next(model.parameters()).device
     with torch.no_grad(), without_autocast(device):
         yield
 

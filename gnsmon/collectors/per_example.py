@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gnsmon.collectors.backward import Backwards, exactly
+from gnsmon.collectors.backward import Backwards, device_of, exactly
 from gnsmon.collectors.gathered import Gathered
 from gnsmon.collectors.groups import is_norm
 from gnsmon.collectors.preconditioner import Preconditioner, named
@@ -117,6 +117,7 @@ class PerExample:
         metric: Preconditioner | None = None,
     ):
         self.model, self.methods, self.strict = model, tuple(methods), strict
+        self._device = device_of(model)
         self._ranks, self._metric = ranks, metric
         ways = {METHODS[method] for method in methods} | ({"exact"} if calibrated else set())
         ways |= {"factored"} if metric else set()
@@ -192,7 +193,7 @@ class PerExample:
     def share(self) -> Share | Skipped | None:
         """What this process brings, read after its optimizer step; None if it is not measured."""
         try:
-            with exactly(self.model):
+            with exactly(self._device):
                 return self._share() if self.wanted else None
         finally:
             self._clear()
@@ -514,7 +515,7 @@ class PerExample:
                 dict.fromkeys(trainable.keys() - self._in_norms(), NOT_A_NORM), self.names
             )
         if "sketch" in found:
-            with exactly(self.model):
+            with exactly(self._device):
                 self._track(found["sketch"].missing)
         return found
 

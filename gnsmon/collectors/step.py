@@ -38,6 +38,8 @@ class StepNorms:
 
     def unscaled(self, scale: float) -> StepNorms:
         """The norms of a loss `scale` times smaller."""
+        if scale == 1:
+            return self
         variance = self.parts_variance
         return replace(
             self,

@@ -61,9 +61,6 @@ def outer_sum_and_sq_norms(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]
     the sum alone, and one square-sum of m n numbers an example. Shapes as in `outer_sq_norms`, the
     sum [m, n] where there is no axis of groups; in float32 or wider.
     """
-    if left.shape[-1] < right.shape[-1]:  # the longer side first runs faster (CPU, torch 2.13)
-        total, norms = outer_sum_and_sq_norms(right, left)
-        return total.mT, norms
     # A compiled graph would hold the loop unrolled, once more for each number of examples.
     in_turn = _in_turn_op if torch.compiler.is_compiling() else _in_turn
     return in_turn(left, right)

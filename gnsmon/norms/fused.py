@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
-from gnsmon.norms.inputs import given_on, without_autocast
+from gnsmon.norms.inputs import given_on, without_autocast, without_gradients
 from gnsmon.norms.layout import Layout
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[4:7]
     with without_autocast(dy.device):
         if ctx.layout is not None:
-            with torch.no_grad():
+            with without_gradients():
                 statistics = ctx.tap.statistics(ctx, dy, ctx.layout, taken)
         known = taken.gradients
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():

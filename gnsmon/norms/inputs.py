@@ -80,6 +80,12 @@ def is_transformed() -> bool:
 _NOTHING = nullcontext()
 
 
+def without_gradients() -> AbstractContextManager[Any]:
+    """No gradients are recorded; as in most backwards, where to say so again would take a while."""
+    record = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    return torch.no_grad() if record else _NOTHING
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast switched off on the device; to enter it costs more than a small layer's work."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -23,8 +23,7 @@ TOLD_BATCH_FIRST = (nn.MultiheadAttention, nn.RNNBase)
 VIEWS = ("ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0")
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """How the rows of a layer's input belong to the examples of the batch."""
 
     batch: int

@@ -151,7 +151,7 @@ def _linear_backward(
     x, rows = (t.reshape(prod(t.shape[:-1]), t.shape[-1]) for t in (x.to(dy.dtype), dy))
     return (
         dy @ weight.to(dy.dtype) if wanted[0] else None,
-        (x.mT @ rows).mT if wanted[1] else None,
+        rows.mT @ x if wanted[1] else None,  # laid out as the weight, or it would be copied
         rows.sum(0) if wanted[2] else None,
     )
 
@@ -168,8 +168,8 @@ def linear(module: nn.Linear, x: Tensor, dy: Tensor) -> Forms:
 def _conv1d_backward(
     module: Any, x: Tensor, dy: Tensor, weight: Tensor, wanted: Mask
 ) -> tuple[Tensor | None, ...]:
-    dx, dw, db = _linear_backward(module, x, dy, weight.mT, wanted)
-    return dx, None if dw is None else dw.mT, db
+    dx, _, db = _linear_backward(module, x, dy, weight.mT, (wanted[0], False, wanted[2]))
+    return dx, _linear_backward(module, dy, x, weight, (False, wanted[1], False))[1], db
 
 
 @rule("transformers.pytorch_utils.Conv1D", backward=_conv1d_backward)

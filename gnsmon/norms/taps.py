@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache, partial
 from random import Random
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ from gnsmon.norms.inputs import (
     is_transformed,
     read_batch,
     without_autocast,
+    without_gradients,
 )
 from gnsmon.norms.layout import (
     BATCH_FIRST,
@@ -98,7 +98,7 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         statistics = None
         if dy is not None and ctx.layout is not None:
-            with torch.no_grad(), without_autocast(dy.device):
+            with without_gradients(), without_autocast(dy.device):
                 statistics = ctx.tap.statistics(ctx, dy, ctx.layout)
         return dy, statistics, *(None,) * (len(ctx.needs_input_grad) - 2)
 
@@ -190,7 +190,7 @@ class LayerTap:
         if layout is None and not always:
             return None
         if layout is not None and call is not None:
-            layout = replace(layout, call=call)
+            layout = layout._replace(call=call)
         if layout is not None and links.possible(self):
             y = links.tapped(self, y, layout, x)
         elif self._takes_over(x, y, layout):
@@ -465,7 +465,7 @@ class LayerTap:
         total = torch.zeros_like(self.probe)
         for forms in replay(self.module, call, x, axes, dy, axis, chunk=chunk):
             count = next(len(form.grad) for form in forms.values()) // rows
-            total += self.vector(forms, replace(layout, batch=count))
+            total += self.vector(forms, layout._replace(batch=count))
         return [total]
 
     def _axis(self, t: Tensor, axis: int, layout: Layout, *, first: bool) -> int | None:
