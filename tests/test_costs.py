@@ -33,14 +33,19 @@ def model_of(layers: int) -> nn.Module:
     return nn.Sequential(*pieces)
 
 
+def train(model: nn.Module, optimizer, steps: int) -> None:
+    batch = torch.randn(4, 5, 8)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        energy(model, batch).backward()
+        optimizer.step()
+
+
 def operations(model: nn.Module, optimizer, steps: int = 3) -> Counter[str]:
     """Of the last of some steps."""
-    batch = torch.randn(4, 5, 8)
-    for step in range(steps):
-        with Operations() if step == steps - 1 else torch.enable_grad() as counter:
-            optimizer.zero_grad()
-            energy(model, batch).backward()
-            optimizer.step()
+    train(model, optimizer, steps - 1)
+    with Operations() as counter:
+        train(model, optimizer, 1)
     return counter.calls
 
 
@@ -113,15 +118,21 @@ def test_operations_a_layer(tmp_path, engine, most):
         assert more[1][op] == more[0][op]
 
 
-@pytest.mark.parametrize("engine", ["auto", "fused"])
-def test_a_sketch_that_never_pays_is_neither_drawn_nor_tracked(tmp_path, monkeypatch, engine):
+@pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize(("engine", "compiled"), [("auto", 0), ("fused", 0), ("auto", 1)])
+def test_a_sketch_that_never_pays_is_neither_drawn_nor_tracked(
+    tmp_path, monkeypatch, engine, compiled
+):
     drawn, tracked = [], []
     model = model_of(2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     settings = {"every": 1, "engine": engine, "method": "sketch", "run_dir": tmp_path}
-    with gnsmon.attach(model, optimizer, strict=True, **settings):
-        operations(model, optimizer, steps=1)
+    with gnsmon.attach(model, optimizer, strict=True, **settings) as gns:
+        if compiled:
+            model.compile(backend="aot_eager", fullgraph=True)
+        train(model, optimizer, steps=1)
         monkeypatch.setattr(Sketch, "draw", lambda self: drawn.append(1))
         monkeypatch.setattr(torch.linalg, "qr", lambda *a: tracked.append(1))
-        operations(model, optimizer)
+        train(model, optimizer, steps=2)
+        assert gns.reading.step == 2
     assert not drawn and not tracked

@@ -198,12 +198,15 @@ class PerExample:
         finally:
             self._clear()
 
-    def _track(self, missing: Mapping[str, str]) -> None:
+    def _track(self, norms: StepNorms) -> None:
         """Turn the sketches' subspaces towards this step's gradient, whatever its scale by now."""
+        assert norms.parts_variance is not None
         for name, sketch in self.taps.sketches.items():
+            # All that a compiled graph tells: norms that it took exactly have no variance.
+            sketch.used = sketch.used or bool(norms.parts_variance[self._column[name]] > 0)
             grad = self.model.get_parameter(name).grad
             # Where it is in shards, the sketch's own iteration in each backward has to do.
-            if name not in missing and grad is not None and not is_sharded(grad):
+            if name not in norms.missing and grad is not None and not is_sharded(grad):
                 sketch.track(grad.to_dense() if grad.is_sparse else grad)
 
     @property
@@ -516,7 +519,7 @@ class PerExample:
             )
         if "sketch" in found:
             with exactly(self._device):
-                self._track(found["sketch"].missing)
+                self._track(found["sketch"])
         return found
 
     def _trainable(self) -> dict[str, nn.Parameter]:

@@ -64,19 +64,18 @@ def differentiated(layer: Callable[[Any, Tensor, Tensor, Tensor], Tensor]) -> Ca
 def _layer_norm(
     module: nn.LayerNorm, x: Tensor, dy: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
 ) -> Gradients:
-    """One example after the other."""
-    shape, bias = list(module.normalized_shape), module.bias
-    dx, dy, found = torch.empty_like(x), dy.contiguous(), []
-    of_each = zip(*(t.unbind() for t in (dx, dy, x, mean, rstd)), strict=True)
-    for dx_b, dy_b, x_b, *normed in of_each:
-        gradient, *of_own = torch.ops.aten.native_layer_norm_backward(
-            dy_b, x_b, shape, *normed, weight, bias, [True, True, bias is not None]
-        )
-        dx_b.copy_(gradient)
-        found.append(of_own)
-    gradients = {"weight": torch.stack([of_weight for of_weight, _ in found])}
-    if bias is not None:
-        gradients["bias"] = torch.stack([of_bias for _, of_bias in found])
+    """The input's gradient at once, the parameters' of one example after the other."""
+    backward, own = torch.ops.aten.native_layer_norm_backward, (weight, module.bias)
+    dy, shape = dy.contiguous(), list(module.normalized_shape)
+    dx, _, _ = backward(dy, x, shape, mean, rstd, *own, [True, False, False])
+    wanted = [False, True, module.bias is not None]
+    found = [
+        backward(dy_b, x_b, shape, *normed, *own, wanted)
+        for dy_b, x_b, *normed in zip(*(t.unbind() for t in (dy, x, mean, rstd)), strict=True)
+    ]
+    gradients = {"weight": torch.stack([of_weight for _, of_weight, _ in found])}
+    if module.bias is not None:
+        gradients["bias"] = torch.stack([of_bias for *_, of_bias in found])
     return dx, gradients
 
 

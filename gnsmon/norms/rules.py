@@ -147,13 +147,17 @@ def _as_written(kind: type) -> bool:
 def _linear_backward(
     module: Any, x: Tensor, dy: Tensor, weight: Tensor, wanted: Mask
 ) -> tuple[Tensor | None, ...]:
-    # Not flattened, which autograd's own vmap refuses.
-    x, rows = (t.reshape(prod(t.shape[:-1]), t.shape[-1]) for t in (x.to(dy.dtype), dy))
     return (
         dy @ weight.to(dy.dtype) if wanted[0] else None,
-        rows.mT @ x if wanted[1] else None,  # laid out as the weight, or it would be copied
-        rows.sum(0) if wanted[2] else None,
+        # Laid out as the weight, or it would be copied where it is accumulated.
+        _flat(dy).mT @ _flat(x.to(dy.dtype)) if wanted[1] else None,
+        _flat(dy).sum(0) if wanted[2] else None,
     )
+
+
+def _flat(t: Tensor) -> Tensor:
+    """All positions on one axis; not by flatten, which autograd's own vmap refuses."""
+    return t.reshape(prod(t.shape[:-1]), t.shape[-1])
 
 
 # Falcon's overrides forward with the same product.
@@ -169,7 +173,7 @@ def _conv1d_backward(
     module: Any, x: Tensor, dy: Tensor, weight: Tensor, wanted: Mask
 ) -> tuple[Tensor | None, ...]:
     dx, _, db = _linear_backward(module, x, dy, weight.mT, (wanted[0], False, wanted[2]))
-    return dx, _linear_backward(module, dy, x, weight, (False, wanted[1], False))[1], db
+    return dx, _flat(x.to(dy.dtype)).mT @ _flat(dy) if wanted[1] else None, db
 
 
 @rule("transformers.pytorch_utils.Conv1D", backward=_conv1d_backward)
