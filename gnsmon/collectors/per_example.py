@@ -33,6 +33,7 @@ from gnsmon.collectors.step import (
     Measured,
     Share,
     Skipped,
+    StepNorms,
     check_weights,
     known_sum,
     square_sum,

@@ -812,6 +812,8 @@ def _tensors(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, ...]:
     """The tensors given to forward, in the order of its signature, each an object of its own."""
+    if len(args) == 1 and not kwargs and type(args[0]) is Tensor:
+        return args
     values = list(args)
     if kwargs:
         values += [kwargs[name] for name in _parameter_names(type(module)) if name in kwargs]
