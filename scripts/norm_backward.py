@@ -26,6 +26,8 @@ from gnsmon.norms.rules import find_each, find_rule
 LAYERS = {
     "LayerNorm": (nn.LayerNorm(256), (8, 256, 256)),
     "LayerNorm, wide": (nn.LayerNorm(768), (8, 1024, 768)),
+    "RMSNorm": (nn.RMSNorm(256), (8, 256, 256)),
+    "RMSNorm, wide": (nn.RMSNorm(768), (8, 1024, 768)),
     "GroupNorm": (nn.GroupNorm(32, 64), (32, 64, 32, 32)),
     "GroupNorm, deep": (nn.GroupNorm(32, 512), (32, 512, 8, 8)),
 }
@@ -54,7 +56,7 @@ def seconds(layer: nn.Module, shape: tuple[int, ...], rounds: int) -> list[list[
     x_alone = x.detach()
 
     def usual() -> None:
-        torch.autograd.grad(y, [x, layer.weight, layer.bias], dy, retain_graph=True)
+        torch.autograd.grad(y, [x, *layer.parameters()], dy, retain_graph=True)
 
     @torch.no_grad()
     def with_examples() -> Tensor:

@@ -223,6 +223,8 @@ def test_nothing_is_normalised_again(name):
         (nn.LayerNorm(256), (4, 128, 256), False),
         (nn.GroupNorm(4, 16), (64, 16, 16, 16), True),
         (nn.GroupNorm(4, 16), (32, 16, 16, 16), False),
+        (nn.RMSNorm(256), (64, 16, 256), True),
+        (nn.RMSNorm(256), (63, 16, 256), False),
     ],
 )
 def test_large_norm_layers_are_taken_over(norm, shape, taken):
@@ -276,7 +278,14 @@ def test_switching_between_forward_and_backward_of_a_checkpoint():
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.Linear(6, 8), nn.LayerNorm(6), nn.LayerNorm(6, bias=False), nn.GroupNorm(2, 4)]
+    "layer",
+    [
+        nn.Linear(6, 8),
+        nn.LayerNorm(6),
+        nn.LayerNorm(6, bias=False),
+        nn.GroupNorm(2, 4),
+        nn.RMSNorm(6),
+    ],
 )
 def test_gradients_of_gradients(layer):
     torch.manual_seed(0)
@@ -798,6 +807,8 @@ def test_a_default_device_is_no_other_function():
 NORMS = {
     "layer norm": (lambda: nn.LayerNorm(6), (4, 5, 6)),
     "group norm": (lambda: nn.GroupNorm(2, 6), (4, 6, 5)),
+    "rms norm": (lambda: nn.RMSNorm(6), (4, 5, 6)),
+    "rms norm of two axes": (lambda: nn.RMSNorm((5, 6), eps=1e-3), (4, 3, 5, 6)),
 }
 norms = pytest.mark.parametrize("kind", NORMS)
 
@@ -889,7 +900,7 @@ def test_what_a_norm_layer_has_saved_is_not_asked_for_where_hooks_have_it(kind):
 @norms
 def test_a_norm_function_that_was_replaced_is_not_taken_over(kind, monkeypatch):
     layer, x = norm_layer(kind)
-    name = kind.replace(" ", "_")
+    name = "_".join(kind.split()[:2])
     usual = getattr(F, name)
     monkeypatch.setattr(F, name, lambda x, *args, **kwargs: usual(2 * x, *args, **kwargs))
     energy(layer, x).backward()

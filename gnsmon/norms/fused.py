@@ -25,6 +25,7 @@ SETTINGS = (
     *("normalized_shape", "num_groups", "eps"),
 )
 
+NORMS = {nn.LayerNorm: "layer_norm", nn.GroupNorm: "group_norm", nn.RMSNorm: "rms_norm"}
 CONVOLUTIONS = [f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3)]
 OWN = ("input", "weight", "bias")  # in the order of a backward's gradients
 
@@ -105,7 +106,7 @@ def able(tap: LayerTap, x: tuple[Tensor, ...]) -> bool:
     module, own = tap.module, tap.module._parameters
     if tap.backward is None or len(x) != 1 or own.get("weight") is None:
         return False
-    if "bias" not in own:  # pruned or parametrized, it is a tensor made of others
+    if "bias" not in own and hasattr(module, "bias"):  # pruned or parametrized, made of others
         return False
     if getattr(module, "padding_mode", "zeros") != "zeros":
         return False
@@ -126,8 +127,8 @@ def _replaced(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.conv._ConvNd):
         if any(getattr(F, name) is not getattr(torch, name) for name in CONVOLUTIONS):
             return True
-    elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
-        written = F.layer_norm if isinstance(module, nn.LayerNorm) else F.group_norm
+    elif kind := next((kind for kind in NORMS if isinstance(module, kind)), None):
+        written = getattr(F, NORMS[kind])
         if written.__module__ != F.__name__ or hasattr(written, "__wrapped__"):
             return True
     elif F.linear is not torch._C._nn.linear:

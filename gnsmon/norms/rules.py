@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gnsmon.norms.contractions import wide, wider
 from gnsmon.norms.convolved import Convolved
 from gnsmon.norms.forms import Dense, Form, Outer, Rows
-from gnsmon.norms.normalised import GROUP_NORM, LAYER_NORM, EachOf, differentiated
+from gnsmon.norms.normalised import GROUP_NORM, LAYER_NORM, RMS_NORM, EachOf, differentiated
 
 IN_CACHE = 2**18  # numbers
 METHODS = ("forward", "_conv_forward")  # that a layer computes with
@@ -332,7 +332,12 @@ def layer_norm(module: nn.LayerNorm, x: Tensor, dy: Tensor) -> Forms:
     return _affine(module, normalised, x, dy, _to_last(len(module.normalized_shape)))
 
 
-@rule(nn.RMSNorm)
+@differentiated
+def _rms_norm(module: nn.RMSNorm, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.rms_norm(x, module.normalized_shape, weight, module.eps)
+
+
+@rule(nn.RMSNorm, backward=_rms_norm, each=RMS_NORM)
 def rms_norm(module: nn.RMSNorm, x: Tensor, dy: Tensor) -> Forms:
     """d/d gamma = sum_t dy xhat; eps=None means that of the computing dtype, float32 for half."""
     normalised = partial(F.rms_norm, normalized_shape=module.normalized_shape, eps=module.eps)

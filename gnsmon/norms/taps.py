@@ -210,7 +210,8 @@ class LayerTap:
         if compiling:
             return self.each is None and layout is not None and self._pays(x, y, layout)
         # What it has saved must not be asked for where hooks took it: it may not be computed yet.
-        if self.each is not None and (_saving() is not None or not self.each.able(*x, y)):
+        each = self.each
+        if each and (each.read and _saving() is not None or not each.able(*x, y)):
             return False
         if shapes not in self._taken:
             # Known inside a checkpoint only when it is computed again, it would save other tensors.
