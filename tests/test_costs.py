@@ -136,3 +136,25 @@ def test_a_sketch_that_never_pays_is_neither_drawn_nor_tracked(
         train(model, optimizer, steps=2)
         assert gns.reading.step == 2
     assert not drawn and not tracked
+
+
+class Sometimes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.late, self.called = nn.Linear(8, 8), nn.Linear(8, 8), False
+
+    def forward(self, x):
+        return self.late(self.always(x)) if self.called else self.always(x)
+
+
+def test_whether_a_sketch_pays_is_unknown_until_its_layer_is_called(tmp_path):
+    model = Sometimes()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    settings = {"every": 1, "method": "sketch", "run_dir": tmp_path}
+    with gnsmon.attach(model, optimizer, **settings) as gns:
+        sketches = gns._sources[0][0].taps.sketches
+        train(model, optimizer, steps=1)
+        assert sketches["always.weight"].used is False and sketches["late.weight"].used is None
+        model.called = True
+        train(model, optimizer, steps=1)
+        assert sketches["late.weight"].used is False

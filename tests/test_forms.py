@@ -132,6 +132,28 @@ def test_no_examples_have_a_sum_of_zero():
         assert norms.shape == (0,)
 
 
+@pytest.mark.parametrize("wide", [0, 1])
+def test_norms_of_long_rows_keep_their_digits(wide):
+    """A float32 norm of so many numbers would be off by 1e-6 and more (CPU, torch 2.13)."""
+    sides = [2, 2**18]
+    factors = [torch.randn(2, 2, sides[i ^ wide]) for i in (0, 1)]
+    _, norms = contractions.outer_sum_and_sq_norms(*factors)
+    exact = Outer(*(t.double() for t in factors)).sq_norms()
+    torch.testing.assert_close(norms.double(), exact, rtol=3e-7, atol=0)
+
+
+def test_an_axis_of_one_group_is_dropped():
+    left, right = normal(B, 3, 6), normal(B, 3, 5)
+    for factors in (
+        (left[:, None], right),
+        (left, right[:, None]),
+        (left[:, None], right[:, None]),
+    ):
+        form = Outer(*factors)
+        assert form.left.shape == left.shape and form.right.shape == right.shape
+        assert torch.equal(form.sum(), Outer(left, right).sum())
+
+
 def test_chunks_stay_within_their_bound(monkeypatch):
     left, right = normal(4, 1, 10, 64), normal(4, 1, 10, 32)
     sizes = []

@@ -106,12 +106,12 @@ def test_the_inputs_gradient(name):
     torch.testing.assert_close(*given, **CLOSE)
 
 
-@pytest.mark.parametrize("kind", [Outer, Convolved])
+@pytest.mark.parametrize("kind", ["one group", "groups", "convolved"])
 def test_all_plans_agree(kind):
     torch.manual_seed(0)
-    if kind is Outer:
-        factors = torch.randn(3, 2, 5, 4), torch.randn(3, 2, 5, 7)
-        form = Outer(*map(torch.Tensor.double, factors))
+    if kind != "convolved":
+        sizes = (3, 5) if kind == "one group" else (3, 2, 5)
+        form = Outer(torch.randn(*sizes, 4).double(), torch.randn(*sizes, 7).double())
     else:
         x, dy = torch.randn(3, 4, 9, 8).double(), torch.randn(3, 6, 4, 6).double()
         form = Convolved(x, dy, (6, 2, 3, 2), (2, 1), (1, 0), (2, 2), groups=2)
@@ -122,6 +122,7 @@ def test_all_plans_agree(kind):
             continue
         tried += 1
         torch.testing.assert_close(plan.sq_norms(form), want, **CLOSE)
+        torch.testing.assert_close(form.sum_sq_norms(), want.sum(), **CLOSE)
         if plan.fused is not None:
             total, norms = plan.fused(form)
             torch.testing.assert_close(norms, want, **CLOSE)

@@ -461,6 +461,13 @@ def test_a_penalty_on_the_weights_is_found_by_the_proof():
     assert set(gns.coverage().missing) == {"up.weight"}
 
 
+def test_a_model_without_parameters_is_attached_to():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    for method in ("pepgns", "microbatch", "random_signs"):
+        with watch(nn.Tanh(), optimizer, method=method) as gns:
+            assert gns.coverage().covered == []
+
+
 class Custom(nn.Module):
     def __init__(self):
         super().__init__()

@@ -103,8 +103,8 @@ class Backwards:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """That of its first parameter."""
-    return next(model.parameters()).device
+    """That of its first parameter, or the CPU without one."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 @contextmanager

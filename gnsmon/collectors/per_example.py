@@ -203,11 +203,13 @@ class PerExample:
         """Turn the sketches' subspaces towards this step's gradient, whatever its scale by now."""
         assert norms.parts_variance is not None
         for name, sketch in self.taps.sketches.items():
+            grad = self.model.get_parameter(name).grad
+            if name in norms.missing or grad is None:
+                continue
             # All that a compiled graph tells: norms that it took exactly have no variance.
             sketch.used = sketch.used or bool(norms.parts_variance[self._column[name]] > 0)
-            grad = self.model.get_parameter(name).grad
             # Where it is in shards, the sketch's own iteration in each backward has to do.
-            if name not in norms.missing and grad is not None and not is_sharded(grad):
+            if not is_sharded(grad):
                 sketch.track(grad.to_dense() if grad.is_sparse else grad)
 
     @property

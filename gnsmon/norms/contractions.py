@@ -61,6 +61,9 @@ def outer_sum_and_sq_norms(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]
     the sum alone, and one square-sum of m n numbers an example. Shapes as in `outer_sq_norms`, the
     sum [m, n] where there is no axis of groups; in float32 or wider.
     """
+    if right.shape[-1] > FEW > left.shape[-1]:  # whose norms are taken by rows
+        total, norms = outer_sum_and_sq_norms(right, left)
+        return total.mT, norms
     # A compiled graph would hold the loop unrolled, once more for each number of examples.
     in_turn = _in_turn_op if torch.compiler.is_compiling() else _in_turn
     return in_turn(left, right)
@@ -252,7 +255,7 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _part(t: Tensor, examples: slice, columns: slice = ALL) -> Tensor:
-    """Some of the examples, and of the last axis; to take all costs nothing."""
+    """Some of the examples, and of the last axis; `ALL` itself takes all and costs nothing."""
     return t if examples is ALL and columns is ALL else t[examples, ..., columns]
 
 

@@ -102,7 +102,7 @@ class Outer(Form):
     [G * m, n] and viewed as `shape`.
 
     Args:
-        left: [B, G, T, m], or [B, T, m] for one group.
+        left: [B, G, T, m], or [B, T, m] for one group, as it is then kept.
         right: [B, G, T, n], or [B, T, n].
         shape: of the parameter, [G * m, ...] with n numbers behind; (G * m, n) if not given.
         inputs: which factor holds the layer's activations; only SOGNS, which takes them for noise,
@@ -120,13 +120,15 @@ class Outer(Form):
     plans: ClassVar[Mapping[str, Plan]]
 
     def __post_init__(self) -> None:
-        left, right = self.left, self.right
+        both = self.left, self.right
+        left, right = (t[:, 0] if t.ndim == 4 and t.shape[1] == 1 else t for t in both)
         if left.ndim not in (3, 4) or left.shape[:-1] != right.shape[:-1]:
             raise ValueError(
                 "Outer: expected left [B, T, m] and right [B, T, n], or [B, G, T, m] and "
                 f"[B, G, T, n]; got {list(self.left.shape)} and {list(self.right.shape)}"
             )
-        matrix = (self.groups * left.shape[-1], right.shape[-1])
+        groups = left.shape[1] if left.ndim == 4 else 1
+        matrix = (groups * left.shape[-1], right.shape[-1])
         shape = matrix if self.shape is None else tuple(self.shape)
         if shape != matrix and (prod(shape[:1]), prod(shape[1:])) != matrix:
             raise ValueError(
@@ -135,8 +137,9 @@ class Outer(Form):
             )
         if left.dtype != right.dtype:
             dtype = torch.promote_types(left.dtype, right.dtype)
-            object.__setattr__(self, "left", left.to(dtype))
-            object.__setattr__(self, "right", right.to(dtype))
+            left, right = left.to(dtype), right.to(dtype)
+        object.__setattr__(self, "left", left)
+        object.__setattr__(self, "right", right)
         object.__setattr__(self, "shape", shape)
 
     @property
@@ -153,12 +156,14 @@ class Outer(Form):
         left, right = (t if t.ndim == 4 else t[:, None] for t in (self.left, self.right))
         return left, right
 
+    def _plan(self) -> Plan:
+        return self.plans["direct"] if self.positions == 1 else plans.chosen(self)
+
     def sq_norms(self) -> Tensor:  # noqa: D102
-        plan = self.plans["direct"] if self.positions == 1 else plans.chosen(self)
-        return plan.sq_norms(self)
+        return self._plan().sq_norms(self)
 
     def sum_sq_norms(self) -> Tensor:  # noqa: D102
-        plan = self.plans["direct"] if self.positions == 1 else plans.chosen(self)
+        plan = self._plan()
         if plan is self.plans["direct"]:
             return contractions.outer_square_sum(self.left, self.right)
         return plan.sq_norms(self).sum()
@@ -238,8 +243,7 @@ def _summed_too(form: Outer) -> tuple[Tensor, Tensor]:
 
 
 def _by_kernel(form: Outer) -> tuple[Tensor, Tensor]:
-    left, right = (t if t.ndim == 3 else t[:, 0] for t in (form.left, form.right))
-    total, norms = kernels.outer_sum_and_sq_norms(left, right)
+    total, norms = kernels.outer_sum_and_sq_norms(form.left, form.right)
     return total.reshape(form.shape), norms
 
 
@@ -436,8 +440,7 @@ def inner(a: Form, b: Form) -> Tensor:
     if isinstance(a, Outer) and isinstance(b, Outer) and a.groups == b.groups:
         return contractions.outer_inner(*a.grouped(), *b.grouped())
     if isinstance(a, Outer) and isinstance(b, Rows) and a.groups == 1:
-        left, right = a.grouped()
-        return contractions.outer_rows_inner(left[:, 0], right[:, 0], b.index, b.value)
+        return contractions.outer_rows_inner(a.left, a.right, b.index, b.value)
     if isinstance(a, Rows) and isinstance(b, Rows):
         return contractions.rows_inner(a.index, a.value, b.index, b.value)
     product = wide(a.dense()) * wide(b.dense())
@@ -452,8 +455,9 @@ def _merged(parts: tuple[Form, ...]) -> list[Form]:
     outers, rows, dense = ([p for p in parts if isinstance(p, k)] for k in (Outer, Rows, Dense))
     merged: list[Form] = []
     for groups in sorted({p.groups for p in outers}):
-        factors = zip(*(p.grouped() for p in outers if p.groups == groups), strict=True)
-        merged.append(Outer(*(torch.cat(some, 2) for some in factors), outers[0].shape))
+        uses = [p for p in outers if p.groups == groups]
+        factors = torch.cat([p.left for p in uses], -2), torch.cat([p.right for p in uses], -2)
+        merged.append(Outer(*factors, uses[0].shape))
     if rows:
         index, value = torch.cat([p.index for p in rows], 1), torch.cat([p.value for p in rows], 1)
         merged.append(Rows(index, value, rows[0].shape))

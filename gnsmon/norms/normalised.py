@@ -19,7 +19,7 @@ Gradients = tuple[Tensor, dict[str, Tensor]]  # of the input, and of each exampl
 
 
 class EachOf(NamedTuple):
-    """How the backward of a type of layers is made of those of its examples.
+    """How the backward of a type of layers gives each example's gradients of its parameters too.
 
     Of what the layer's own forward has found of each example it may read some, such as the mean and
     1 / deviation, from the node `node` of its output's graph, so that nothing is normalised again.

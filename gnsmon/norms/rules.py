@@ -57,7 +57,7 @@ def rule(
         refuse: layer -> the reason why, as it is set up, it has no per-example gradient, or None.
         backward: the layer's backward as autograd has it, so that the product for the weight's
             gradient can be had from the examples' instead of being repeated; see `fused`.
-        each: for a norm layer, how that backward is made of those of the examples.
+        each: for a norm layer, a backward that gives each example's gradients too.
 
     Example:
         >>> class Scale(nn.Module):
@@ -93,7 +93,7 @@ def find_backward(module: nn.Module) -> Backward | None:
 
 
 def find_each(module: nn.Module) -> EachOf | None:
-    """How the backward that `find_backward` finds is made of its examples', where it is."""
+    """The backward that gives each example's gradients too, if the type has one."""
     entry = _in_use(type(module))
     return None if entry is None else entry.each
 
@@ -172,8 +172,11 @@ def linear(module: nn.Linear, x: Tensor, dy: Tensor) -> Forms:
 def _conv1d_backward(
     module: Any, x: Tensor, dy: Tensor, weight: Tensor, wanted: Mask
 ) -> tuple[Tensor | None, ...]:
-    dx, _, db = _linear_backward(module, x, dy, weight.mT, (wanted[0], False, wanted[2]))
-    return dx, _flat(x.to(dy.dtype)).mT @ _flat(dy) if wanted[1] else None, db
+    return (
+        dy @ weight.mT.to(dy.dtype) if wanted[0] else None,
+        _flat(x.to(dy.dtype)).mT @ _flat(dy) if wanted[1] else None,
+        _flat(dy).sum(0) if wanted[2] else None,
+    )
 
 
 @rule("transformers.pytorch_utils.Conv1D", backward=_conv1d_backward)

@@ -53,7 +53,7 @@ class Sketch:
         # Multiply-adds per position, row and column: see `sq_norms`. Products with so few columns
         # run at an eighth to a third of a square one's speed (CPU, 128 to 3072 wide, torch 2.13).
         self.passes = 8 * (3 * self.columns + 2 * probes)
-        self.used: bool | None = None  # whether it ever paid; unknown before the first step
+        self.used: bool | None = None  # whether it ever paid; unknown until it is measured
 
     def draw(self) -> None:
         """New probes, in place, for what a compiled graph has taken in must stay where it is."""
