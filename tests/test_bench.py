@@ -41,12 +41,12 @@ def run(script, *arguments):
 def test_norm_layers_are_compared_with_their_rules():
     printed = run(SCRIPT.with_name("norm_backward.py"), "--rounds", "1")
     rows = [line for line in printed.splitlines() if " x " in line and "Norm" in line]
-    assert len(rows) == 4
+    assert len(rows) == 6
     assert all(float(cell) > 0 for line in rows for cell in line.split("│")[3:6])
 
 
 def test_every_step_is_compared_and_the_exact_ones_are_exact():
-    methods = "bare,pepgns,sogns,not measured,torch.func,loop of size 1"
+    methods = "bare,a floor,pepgns,sogns,not measured,torch.func,loop of size 1"
     workloads = "cnn,gpt,resnet"
     printed, results = bench("--tiny", "--only", workloads, "--methods", methods)
     rows = {(row["workload"], row["step"]): row for row in results["rows"]}
@@ -58,6 +58,7 @@ def test_every_step_is_compared_and_the_exact_ones_are_exact():
             assert abs(row["error"]) < 1e-5 and row["rms"] < 1e-5
             assert row["parameters"] == pytest.approx(1) and row["sq_norm"] == pytest.approx(1)
         assert rows[workload, "not measured"]["error"] is None
+        assert rows[workload, "a floor, hooks alone"]["parameters"] is None
     assert abs(rows["resnet", "sogns"]["error"]) > 1e-2  # else the column could not tell
 
 

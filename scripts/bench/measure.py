@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 import gnsmon
-from bench.steps import PEERS, UNMEASURED, Norms, Step, bare, monitored
+from bench.steps import PEERS, UNMEASURED, Norms, Step, bare, hooks_alone, monitored
 from bench.workloads import Workload, workloads
 
-TWIN = "bare, again"
+TWIN, FLOOR = "bare, again", "a floor, hooks alone"
 SETTINGS = {
     "pepgns": {},
     "pepgns, by hooks": {"engine": "hooks"},
@@ -91,7 +91,7 @@ class Row:
 def variants(load: Workload) -> dict[str, Variant]:
     """All that can be compared on this workload, by the name in the tables."""
     known = gnsmon.MonitorConfig.model_fields
-    found = {TWIN: Variant(bare)}
+    found = {TWIN: Variant(bare), FLOOR: Variant(hooks_alone)}
     for name, settings in SETTINGS.items():
         if settings.keys() <= known.keys():
             parts = 2 if name == "microbatch" else 1

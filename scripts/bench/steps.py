@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, vmap
 
 import gnsmon
 from bench.workloads import Batch, Workload
+from gnsmon.norms.contractions import square_sum
 
 UNMEASURED = 10**9  # as every=: one step in this many is measured, the first
 
@@ -59,6 +60,38 @@ def monitored(load: Workload, *, microbatches: int = 1, **settings: Any) -> Step
 
     run = _training(load, model, batch, microbatches, optimizer=optimizer, losses=gns.losses)
     return Step(run, norms, model)
+
+
+class _Squares(torch.autograd.Function):
+    """The identity on a layer's output; adds |x|² and |dy|² to `found`, as scalars."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, found: list[Tensor]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.found = found
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.found += [square_sum(t) for t in (*ctx.saved_tensors, dy) if t.is_floating_point()]
+        return dy, None, None
+
+
+def hooks_alone(load: Workload) -> Step:
+    """A floor: all that any method reads, once, and nothing made of it."""
+    model, batch = load.build()
+    found: list[Tensor] = []
+    for layer in model.modules():
+        if any(True for _ in layer.parameters(recurse=False)):
+            layer.register_forward_hook(lambda _, x, y: _Squares.apply(y, x[0], found))
+    training = _training(load, model, batch)
+
+    def run() -> None:
+        training()
+        torch.stack(found).sum().item()
+        found.clear()
+
+    return Step(run, lambda: None, model)
 
 
 def opacus(load: Workload) -> Step:
