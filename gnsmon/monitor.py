@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from gnsmon.advice import Advice, Goal, Layout, advise, suggested
+from gnsmon.collectors.backward import device_of
 from gnsmon.collectors.groups import group_of
 from gnsmon.collectors.per_example import EXACT, NOT_A_NORM
 from gnsmon.collectors.preconditioner import NO_MOMENT, NO_STATE, named
@@ -197,7 +198,7 @@ class Monitor:
         if self._ranks.size > 1:
             layouts = [collector.columns for collector, _ in self._sources]
             settings = config.model_dump(exclude={"sinks", "run_dir", "groups"})
-            device = next(model.parameters()).device
+            device = device_of(model)
             if odd := others((settings, layouts), self._ranks, device):
                 for collector, _ in self._sources:
                     collector.remove()
@@ -524,7 +525,7 @@ class Monitor:
                 seconds = self._clock.lap(self.step)
                 if self._ranks.size > 1:
                     local = [(shares[i], collectors[i].columns) for i in measured]
-                    device = next(self.model.parameters()).device
+                    device = device_of(self.model)
                     of_all, seconds = over_ranks(local, seconds, self._ranks, device=device)
                     for i, share in zip(measured, of_all, strict=True):
                         shares[i] = share

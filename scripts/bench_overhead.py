@@ -12,9 +12,10 @@
 A step is zero_grad, forward, backward and SGD on one fixed batch. Bare, measured and bare steps, of
 each as many as the bare ones take 0.1 s for, alternate in one process, and each round gives one
 ratio, 2 own / (before + after); the tables have the median and the quartiles. "bare, again" is a
-second bare step: how far it is from 1 is what the machine's noise does. "microbatch" is measured on
-steps of two microbatches, against bare ones of two; every="auto", whose steps are unlike one
-another, in blocks of many steps after the first, by the total time.
+second bare step: how far it is from 1 is what the machine's noise does. "a floor, hooks alone"
+reads what any method reads, and makes nothing of it. "microbatch" is measured on steps of two
+microbatches, against bare ones of two; every="auto", whose steps are unlike one another, in blocks
+of many steps after the first, by the total time.
 
 The error is that of the mean squared norm over the examples, of the parameters that are covered,
 against brute force in float64 (of the whole batch, at initialisation: the learning rate is 0, so

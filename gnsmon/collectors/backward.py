@@ -73,8 +73,14 @@ class Backwards:
 
     def guarded(self, fn: Callable[..., None], *args: Any) -> None:
         """`fn(*args)`, exactly and surviving."""
-        with self.surviving(), exactly(self._device):
+        with self.surviving(), self.exactly():
             fn(*args)
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Without gradients, and without the autocast that the training loop may be inside of."""
+        with torch.no_grad(), without_autocast(self._device):
+            yield
 
     @contextmanager
     def surviving(self) -> Iterator[None]:
@@ -105,13 +111,6 @@ class Backwards:
 def device_of(model: nn.Module) -> torch.device:
     """That of its first parameter, or the CPU without one."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-@contextmanager
-def exactly(device: torch.device) -> Iterator[None]:
-    """Without gradients, and without the autocast that the training loop may be inside of."""
-    with torch.no_grad(), without_autocast(device):
-        yield
 
 
 Fingerprint = tuple[int, int] | None

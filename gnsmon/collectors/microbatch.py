@@ -12,13 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gnsmon.collectors.backward import (
-    Backwards,
-    Fingerprint,
-    device_of,
-    exactly,
-    fingerprint,
-)
+from gnsmon.collectors.backward import Backwards, Fingerprint, fingerprint
 from gnsmon.collectors.preconditioner import Preconditioner, named
 from gnsmon.collectors.proof import Directions, gaps
 from gnsmon.collectors.reduction import ALONE, UNREDUCED, Ranks
@@ -148,7 +142,6 @@ class Microbatch:
         metric: Preconditioner | None = None,
     ):
         self.model, self.method, self._ranks, self._metric = model, method, ranks, metric
-        self._device = device_of(model)
         self.wanted = self._managed = False
         self.names = [name for name, _ in model.named_parameters()]
         self.columns = Columns(self.names, 1 if metric is None else 2, metric=metric is not None)
@@ -186,7 +179,7 @@ class Microbatch:
     def share(self) -> Share | Skipped | None:
         """What this process brings, read after its optimizer step; None if it is not measured."""
         try:
-            with exactly(self._device):
+            with self._backwards.exactly():
                 return self._share() if self.wanted else None
         finally:
             self._clear()

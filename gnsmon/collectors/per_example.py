@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gnsmon.collectors.backward import Backwards, device_of, exactly
+from gnsmon.collectors.backward import Backwards
 from gnsmon.collectors.gathered import Gathered
 from gnsmon.collectors.groups import is_norm
 from gnsmon.collectors.preconditioner import Preconditioner, named
@@ -118,7 +118,6 @@ class PerExample:
         metric: Preconditioner | None = None,
     ):
         self.model, self.methods, self.strict = model, tuple(methods), strict
-        self._device = device_of(model)
         self._ranks, self._metric = ranks, metric
         ways = {METHODS[method] for method in methods} | ({"exact"} if calibrated else set())
         ways |= {"factored"} if metric else set()
@@ -149,7 +148,6 @@ class PerExample:
         self._column = {name: i for i, name in enumerate(self.names)}
         self._gaps = np.zeros(0)  # [n_parameters], relative, at the last measurement
         self._proved = np.zeros(0, dtype=bool)  # [n_parameters], whether there was a proof
-        self._suspects: set[str] = set()
         self._taps_of: dict[str, list[LayerTap]] = {name: [] for name in self.names}
         for tap in self.taps.layers:
             for _, name in tap.pairs():
@@ -194,7 +192,7 @@ class PerExample:
     def share(self) -> Share | Skipped | None:
         """What this process brings, read after its optimizer step; None if it is not measured."""
         try:
-            with exactly(self._device):
+            with self._backwards.exactly():
                 return self._share() if self.wanted else None
         finally:
             self._clear()
@@ -521,7 +519,7 @@ class PerExample:
                 dict.fromkeys(trainable.keys() - self._in_norms(), NOT_A_NORM), self.names
             )
         if "sketch" in found:
-            with exactly(self._device):
+            with self._backwards.exactly():
                 self._track(found["sketch"])
         return found
 
@@ -628,7 +626,8 @@ class PerExample:
         here = self._proved = share.seen & share.present
         wrong = ~(gap <= np.where(share.half, HALF_TOLERANCE, self._tolerances()))
         proved = here & ~self._among(share.missing)
-        self._look_into({self.names[i] for i in np.flatnonzero(proved & wrong)}, proved)
+        for i in np.flatnonzero(proved):  # what is wrong is looked at in the same rows again
+            self.taps.directions[self.names[i]].suspect = bool(wrong[i])
         doubtful = {self.names[i] for i in np.flatnonzero(~proved | wrong)}
         missing = {}
         for name in trainable:
@@ -657,14 +656,6 @@ class PerExample:
     def gaps(self) -> dict[str, float]:
         """How far each parameter's parts were from `.grad` at the last measurement, relative."""
         return {self.names[i]: float(self._gaps[i]) for i in np.flatnonzero(self._proved)}
-
-    def _look_into(self, wrong: set[str], proved: NDArray[np.bool_]) -> None:
-        """Have parameters whose parts are wrong looked at in the same rows until they are right."""
-        unknown = {name for name in self._suspects if not proved[self._column[name]]}
-        suspects = wrong | unknown
-        for name in self._suspects ^ suspects:
-            self.taps.directions[name].suspect = name in suspects
-        self._suspects = suspects
 
     def _among(self, names: Iterable[str]) -> NDArray[np.bool_]:
         """Which parameters are among `names`, [n_parameters]."""

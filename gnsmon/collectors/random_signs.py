@@ -11,13 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gnsmon.collectors.backward import (
-    Backwards,
-    Fingerprint,
-    device_of,
-    exactly,
-    fingerprint,
-)
+from gnsmon.collectors.backward import Backwards, Fingerprint, fingerprint
 from gnsmon.collectors.step import (
     HALF_TOLERANCE,
     NO_BACKWARD,
@@ -99,7 +93,6 @@ class RandomSigns:
 
     def __init__(self, model: nn.Module, *, strict: bool = False):
         self.model = model
-        self._device = device_of(model)
         self.wanted = False
         self.names = [name for name, _ in model.named_parameters()]
         self.columns = Columns(self.names)
@@ -128,7 +121,7 @@ class RandomSigns:
     def share(self) -> Share | Skipped | None:
         """What the step brings, already proved; None if it is not measured."""
         try:
-            with exactly(self._device):
+            with self._backwards.exactly():
                 return self._share() if self.wanted else None
         finally:
             self._clear()
@@ -227,7 +220,7 @@ class RandomSigns:
                 "gns.losses: the vector reaches no parameter of the model. Is another model "
                 "trained? Is all of it in checkpoint(..., use_reentrant=True)?"
             )
-        with exactly(self._device):
+        with self._backwards.exactly():
             squares = torch.stack([square_sum(z).to(c.device) for z in signed.values()])
             weights = c.double()
             moments = weights.sum(), weights.square().sum(), weights.min(), weights.max()

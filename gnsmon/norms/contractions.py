@@ -13,6 +13,7 @@ from torch import Tensor
 WIDE = (torch.float32, torch.float64)
 FEW = 2**16  # numbers whose sum of squares is right in float32 whatever the order
 ALL = slice(None)
+IN_CACHE = 2**18  # numbers that one pass should take at a time
 CHUNK_BYTES = 64 * 2**20  # what one contraction may hold beside its arguments
 
 
@@ -34,7 +35,7 @@ def outer_sq_norms(left: Tensor, right: Tensor, *, path: Literal["direct", "gram
         return (squares(left, -1) * squares(right, -1)).sum(axes[:-1])
 
     def direct(examples: slice, rows: slice) -> Tensor:
-        return squares(_products(_part(left, examples, rows), _part(right, examples)), axes)
+        return squares(outer_products(_part(left, examples, rows), _part(right, examples)), axes)
 
     def gram(examples: slice, rows: slice) -> Tensor:
         a, b = wide(_part(left, examples)), wide(_part(right, examples))
@@ -47,11 +48,9 @@ def outer_sq_norms(left: Tensor, right: Tensor, *, path: Literal["direct", "gram
     return _chunked(gram, batch, positions, row_bytes=3 * size * positions)
 
 
-def outer_square_sum(left: Tensor, right: Tensor) -> Tensor:
-    """The sum of `outer_sq_norms` over the examples, by "direct"."""
-    if left.shape[-2] > 1 and prod(left.shape[:-2]) * left.shape[-1] * right.shape[-1] <= FEW:
-        return square_sum(_products(left, right))
-    return outer_sq_norms(left, right, path="direct").sum()
+def outer_products(left: Tensor, right: Tensor) -> Tensor:
+    """sum_t left_bgt (x) right_bgt, [B, G, m, n] or [B, m, n]; matmul takes twice a small bmm's."""
+    return (torch.bmm if left.ndim == 3 else torch.matmul)(left.mT, right)
 
 
 def outer_sum_and_sq_norms(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,11 +246,6 @@ def _sigma_sq(x: Tensor) -> Tensor:
 
 def _summed(dy: Tensor) -> Tensor:
     return dy.sum(-2, dtype=wider(dy.dtype))  # [B, G, K] or [B, K]
-
-
-def _products(left: Tensor, right: Tensor) -> Tensor:
-    """sum_t left_bgt (x) right_bgt, [B, G, m, n] or [B, m, n]; matmul takes twice a small bmm's."""
-    return (torch.bmm if left.ndim == 3 else torch.matmul)(left.mT, right)
 
 
 def _part(t: Tensor, examples: slice, columns: slice = ALL) -> Tensor:

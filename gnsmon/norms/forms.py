@@ -44,6 +44,11 @@ class Form(Protocol):
         """Exact squared norm of each example's gradient, [B], float32 or wider."""
         ...
 
+    @property
+    def adds_norms(self) -> bool:
+        """Whether `sum_sq_norms` is the sum of `sq_norms` to the last bit."""
+        return True
+
     def sum_sq_norms(self) -> Tensor:
         """Their sum over the examples, a scalar."""
         return self.sq_norms().sum()
@@ -130,7 +135,7 @@ class Outer(Form):
         groups = left.shape[1] if left.ndim == 4 else 1
         matrix = (groups * left.shape[-1], right.shape[-1])
         shape = matrix if self.shape is None else tuple(self.shape)
-        if shape != matrix and (prod(shape[:1]), prod(shape[1:])) != matrix:
+        if (prod(shape[:1]), prod(shape[1:])) != matrix:
             raise ValueError(
                 f"Outer: the factors give a gradient {list(matrix)}, which cannot be viewed as a "
                 f"parameter of shape {list(shape)}"
@@ -162,11 +167,15 @@ class Outer(Form):
     def sq_norms(self) -> Tensor:  # noqa: D102
         return self._plan().sq_norms(self)
 
+    @property
+    def adds_norms(self) -> bool:  # noqa: D102
+        few = self.positions > 1 and self.batch * prod(self.shape) <= contractions.FEW
+        return not few or self._plan() is not self.plans["direct"]
+
     def sum_sq_norms(self) -> Tensor:  # noqa: D102
-        plan = self._plan()
-        if plan is self.plans["direct"]:
-            return contractions.outer_square_sum(self.left, self.right)
-        return plan.sq_norms(self).sum()
+        if self.adds_norms:
+            return self.sq_norms().sum()
+        return contractions.square_sum(contractions.outer_products(self.left, self.right))
 
     @property
     def signature(self) -> Hashable:  # noqa: D102
@@ -221,7 +230,7 @@ class Outer(Form):
         return Outer(*(t.flatten(-3, -2) for t in factors), self.shape, self.inputs)
 
     def dense(self) -> Tensor:  # noqa: D102
-        return (self.left.mT @ self.right).reshape(-1, *self.shape)
+        return contractions.outer_products(self.left, self.right).reshape(-1, *self.shape)
 
 
 def _directly(form: Outer) -> Tensor:
@@ -339,6 +348,10 @@ class Dense(Form):
 
     def sq_norms(self) -> Tensor:  # noqa: D102
         return squares(self.grad[:, None].flatten(1), 1)
+
+    @property
+    def adds_norms(self) -> bool:  # noqa: D102
+        return False
 
     def sum_sq_norms(self) -> Tensor:  # noqa: D102
         return contractions.square_sum(self.grad)

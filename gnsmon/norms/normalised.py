@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gnsmon.norms.contractions import squares
+from gnsmon.norms.contractions import IN_CACHE, squares
 
 SMALL = 2**18  # numbers of an input below which the layer's own backward is kept
 LOOP = {"cpu": 2**15}  # numbers of an example that are worth calls of their own
@@ -114,7 +114,7 @@ def _rms_norm(module: nn.RMSNorm, x: Tensor, dy: Tensor, weight: Tensor) -> Grad
     n, scale, dx, found = weight.numel(), weight.reshape(-1), torch.empty_like(x), []
     eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
     shape = len(x), prod(x.shape[1 : x.ndim - weight.ndim]), n
-    step = max(1, SMALL // max(1, n * shape[1]))
+    step = max(1, IN_CACHE // max(1, n * shape[1]))
     of_some = zip(*(t.view(shape).split(step) for t in (x, dy.contiguous(), dx)), strict=True)
     for some, dy_some, dx_some in of_some:
         inverse = (squares(some, -1) / n + eps).rsqrt()[..., None]

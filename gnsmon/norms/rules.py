@@ -18,12 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnsmon.norms.contractions import wide, wider
+from gnsmon.norms.contractions import IN_CACHE, wide, wider
 from gnsmon.norms.convolved import Convolved
 from gnsmon.norms.forms import Dense, Form, Outer, Rows
 from gnsmon.norms.normalised import GROUP_NORM, LAYER_NORM, RMS_NORM, EachOf, differentiated
 
-IN_CACHE = 2**18  # numbers
 METHODS = ("forward", "_conv_forward")  # that a layer computes with
 Forms = dict[str, Form]
 Rule = Callable[[Any, Any, Tensor], Forms]

@@ -521,12 +521,15 @@ class LayerTap:
         return [*pieces, Fill(float(compiled), 1), Fill(0.0, len(self.owned))]
 
     def _each(self, forms: Mapping[str, Form], known: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The exact norms [B] of the parameters, which are kept in `Taps.each` too."""
+        """The exact norms [B] of the parameters, kept in `Taps.each`, less those not to be added.
+
+        Their sum is made another way, and is to be the same to the last bit with or without these.
+        """
         norms = {own: known[own] if own in known else f.sq_norms() for own, f in forms.items()}
         task = torch._C._current_graph_task_id()
         name = dict(self.pairs())
         self.taps.each.extend(Each(task, name[own], norms[own]) for own in norms)
-        return norms
+        return {own: norms[own] for own, form in forms.items() if own in known or form.adds_norms}
 
     def _take(self, forms: Mapping[str, Form], taken: fused.Taken) -> dict[str, Tensor]:
         """Put the layer's gradients into `taken`; the exact norms [B] that came with them."""
