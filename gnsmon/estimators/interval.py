@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gnsmon.estimators import columns
-from gnsmon.estimators.columns import Ratios
+from gnsmon.estimators.columns import Codes, Ratios
 from gnsmon.estimators.smoothing import Averages
 from gnsmon.estimators.values import Array
 
@@ -32,12 +32,14 @@ def lag_inflation(averages: Averages) -> Array:
     -(1 + 4 rho) / n_eff (Marriott and Pope 1954), clipped to [-0.5, 0.97]: at 1 the factor
     diverges, and a strong negative correlation is more often luck. 0 where nothing varies.
     """
-    # z = |G|² s_t - S g_t is that series without the division. The ratio nearest to a mean below
+    # z_t = |G|² s_t - S g_t is that series without the division. The ratio nearest to a mean below
     # zero is 0 or infinity, which leaves one of the two series alone.
     s, g = np.maximum(averages.mean, 0)
-    z = np.stack([g, -s])
-    now = np.einsum("xg,xyg,yg->g", z, averages.covariance, z)
-    lag = np.einsum("xg,xyg,yg->g", z, averages.lag_covariance, z)
+    ss, sg, gg = s * s, s * g, g * g
+    now, lag = (
+        gg * c[0, 0] - sg * (c[0, 1] + c[1, 0]) + ss * c[1, 1]
+        for c in (averages.covariance, averages.lag_covariance)
+    )
     n = averages.n_eff
     rho = (np.divide(lag, now, out=np.full_like(now, -1 / n), where=now > 0) + 1 / n) / (1 - 4 / n)
     rho = np.minimum(np.maximum(rho, -0.5), 0.97)
@@ -99,19 +101,38 @@ FINE, HARDLY, NOISELESS, NEGATIVE_NOISE, NEGATIVE_GRAD, BOUND, NEITHER, ZERO = r
 
 
 def _fieller(mean: Array, variance: Array, z_sq: float) -> Ratios:
-    (s, g), ((v_ss, v_sg), (_, v_gg)) = mean, variance
-    a, b, c = g * g - z_sq * v_gg, s * g - z_sq * v_sg, s * s - z_sq * v_ss
+    (s, g), ((_, v_sg), (_, v_gg)) = mean, variance
+    (c, b), (_, a) = mean[:, None] * mean - z_sq * variance
     root = np.sqrt(np.maximum(b * b - a * c, 0.0))  # below zero by rounding alone where it is used
-    # The positive root, in the form that does not cancel.
-    bound = np.where(b > 0, c / (b + root), np.where(a < 0, (b - root) / a, 0.0))
     far = b + np.copysign(root, b)
     one, other = far / a, np.where(far == 0, 0.0, c / far)
     low, high = np.maximum(np.minimum(one, other), 0.0), np.maximum(one, other)
     ratio, error = s / g, np.sqrt(v_gg) / g
     corrected = ratio * (1 - np.square(error)) + v_sg / (g * g)
     corrected = np.where((low <= corrected) & (corrected <= high), corrected, ratio)
+    hardly = error >= WIDE
+    case = np.where(hardly, HARDLY, FINE)
+    about, b_simple = np.where(hardly, error, np.nan), np.where(hardly, ratio, corrected)
+    # Of most groups that is all; what else a group may come to is looked for among the others.
+    odd = np.flatnonzero(~(np.minimum(np.minimum(s, g), np.minimum(a, high)) > 0))
+    if len(odd):
+        own, bound = _unusual(case[odd], *(x[odd] for x in (s, g, a, b, c, root, high)))
+        known, bounded, is_bound = own <= HARDLY, own <= NOISELESS, own == BOUND
+        below = np.where(own == NOISELESS, high[odd], np.nan)
+        case[odd] = own
+        about[odd] = np.where(known, about[odd], np.where(is_bound, bound, below))
+        b_simple[odd] = np.where(known, b_simple[odd], np.nan)
+        low[odd] = np.where(is_bound, bound, np.where(bounded, low[odd], np.nan))
+        high[odd] = np.where(bounded, high[odd], np.nan)
+    return Ratios(STATUS[case], case, REASONS, about, b_simple, low, high)
 
-    case = np.where(error >= WIDE, HARDLY, FINE)
+
+def _unusual(
+    case: Codes, s: Array, g: Array, a: Array, b: Array, c: Array, root: Array, high: Array
+) -> tuple[Codes, Array]:
+    """The cases of some groups, and the bound where it is one: see `fieller`."""
+    # The positive root, in the form that does not cancel.
+    bound = np.where(b > 0, c / (b + root), np.where(a < 0, (b - root) / a, 0.0))
     case[s < 0] = NOISELESS
     case[high < 0] = NEGATIVE_NOISE
     case[g < 0] = NEGATIVE_GRAD
@@ -119,16 +140,4 @@ def _fieller(mean: Array, variance: Array, z_sq: float) -> Ratios:
     case[open_above] = BOUND
     case[open_above & ((c <= 0) | (bound <= 0))] = NEITHER
     case[(s == 0) & (g == 0)] = ZERO
-
-    hardly, bounded, is_bound = case == HARDLY, case <= NOISELESS, case == BOUND
-    high = np.where(bounded, high, np.nan)
-    about = np.where(hardly, error, np.where(is_bound, bound, np.nan))
-    return Ratios(
-        status=STATUS[case],
-        reason=case,
-        reasons=REASONS,
-        about=np.where(case == NOISELESS, high, about),
-        b_simple=np.where(hardly, ratio, np.where(case == FINE, corrected, np.nan)),
-        low=np.where(is_bound, bound, np.where(bounded, low, np.nan)),
-        high=high,
-    )
+    return case, bound

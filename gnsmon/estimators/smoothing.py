@@ -56,53 +56,60 @@ class Ema:
                 f"{decay=}, {half_life=}, {grad_memory=}"
             )
         self._decay, self._half_life = decay, half_life
-        self._memory = np.array([1.0, grad_memory])
-        self._weight: Array = np.zeros(2)
-        self._products: Array = np.zeros((2, 2))
+        # Sums of what a step's weight comes to since: w_x, P_xy, and those in the spread.
+        power = 1 / np.array([1.0, grad_memory])
+        powers = power, (power[:, None] + power).ravel(), power.min().repeat(2)
+        self._powers, self._weights = np.concatenate(powers), np.zeros(8)
         self._mean: Array = np.zeros((2, n_groups))
+        # Of the steps with themselves, and with those before them.
         none = np.zeros((2, 2, n_groups))
-        self._now = self._lag = _CrossCovariance(np.zeros(()), self._mean, self._mean, none)
+        self._spread = _CrossCovariance(none, none, np.zeros((2, 2, 2, n_groups)))
         self._last: Array | None = None
 
     def update(self, step: Moments, *, elapsed: float = 1.0) -> None:
         """Take in a step, `elapsed` units of the half-life after the one before."""
         assert elapsed >= 0, elapsed
         decay = self._decay if self._half_life is None else 2.0 ** (-elapsed / self._half_life)
-        fade = np.asarray(decay) ** (1 / self._memory)
+        self._weights = np.float64(decay) ** self._powers * self._weights + 1
         x = _stack(step)
-        self._weight = fade * self._weight + 1
-        self._products = fade[:, None] * fade * self._products + 1
-        self._mean = self._mean + (x - self._mean) / self._weight[:, None]
-        self._now = self._now.fold(x, x, fade.max())
-        if self._last is not None:
-            self._lag = self._lag.fold(x, self._last, fade.max())
+        self._mean = self._mean + (x - self._mean) / self._weights[:2, None]
+        if self._last is None:  # one step, and none before it
+            self._weights[-1] = 0.0
+            pair = np.array([x, np.zeros_like(x)])
+            self._spread = self._spread._replace(x=pair, y=pair)
+        else:
+            self._spread = self._spread.fold(x, np.array([x, self._last]), self._weights[-2:])
         self._last = x
 
     def averages(self) -> Averages | None:
         """The averages so far, None before the first step."""
         if self._last is None:
             return None
-        p = self._products / (self._weight[:, None] * self._weight)
+        weight, products = self._weights[:2], self._weights[2:6].reshape(2, 2)
+        p = products / (weight[:, None] * weight)
         spread = 1 - p.diagonal().min()  # E of a weighted sample variance, per step; 0 at first
         scale = 1 / spread if spread > 0 else 1.0
-        return Averages(self._mean, scale * self._now.value, scale * self._lag.value, p)
+        now, lag = scale * self._spread.value
+        return Averages(self._mean, now, lag, p)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, means and covariances as JSON-able lists, which keep the floats exactly."""
-        own = (self._weight, self._products, self._mean)
+        own = (self._weights[:2], self._weights[2:6].reshape(2, 2), self._mean)
+        now, lag = zip(self._weights[-2:], *self._spread, strict=True)
         return {
             "kind": "ema",
             "own": [x.tolist() for x in own],
-            "now": [x.tolist() for x in self._now],
-            "lag": [x.tolist() for x in self._lag],
+            "now": [x.tolist() for x in now],
+            "lag": [x.tolist() for x in lag],
             "last": None if self._last is None else self._last.tolist(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from where `state_dict` was taken; the memory stays that of this object."""
-        self._weight, self._products, self._mean = map(np.array, state["own"])
-        self._now = _CrossCovariance(*map(np.array, state["now"]))
-        self._lag = _CrossCovariance(*map(np.array, state["lag"]))
+        weight, products, self._mean = map(np.array, state["own"])
+        spread, *values = map(np.array, zip(state["now"], state["lag"], strict=True))
+        self._weights = np.concatenate([weight, products.ravel(), spread])
+        self._spread = _CrossCovariance(*values)
         self._last = None if state["last"] is None else np.array(state["last"])
 
 
@@ -143,23 +150,23 @@ class Window:
 
 
 class _CrossCovariance(NamedTuple):
-    """Weighted means of two series and their covariance, updated about the running means.
+    """Weighted means of n pairs of series and their covariances, updated about the running means.
 
     West's update (1979): no difference of large sums, so float64 keeps a spread of 1e-9 the mean.
     """
 
-    weight: Array  # []
-    x: Array  # [2, n_groups]
-    y: Array  # [2, n_groups]
-    value: Array  # [2, 2, n_groups]
+    x: Array  # [n, 2, n_groups]
+    y: Array  # [n, 2, n_groups]
+    value: Array  # [n, 2, 2, n_groups]
 
-    def fold(self, x: Array, y: Array, fade: Array) -> _CrossCovariance:
-        weight = fade * self.weight + 1
-        share = 1 / weight
+    def fold(self, x: Array, y: Array, weight: Array) -> _CrossCovariance:
+        """With steps x and y, one of each pair, `weight` [n] being the sum of weights with them."""
+        share = (1 / weight)[:, None, None]
         dx, dy = x - self.x, y - self.y
-        value = (1 - share) * (self.value + share * dx[:, None] * dy)
-        return _CrossCovariance(weight, self.x + share * dx, self.y + share * dy, value)
+        near, rest = share * dx, 1 - share[..., None]
+        value = rest * (self.value + near[:, :, None] * dy[:, None])
+        return _CrossCovariance(self.x + near, self.y + share * dy, value)
 
 
 def _stack(step: Moments) -> Array:
-    return np.stack([step.tr_sigma, step.grad_sq_norm]).astype(np.float64)  # [2, n_groups]
+    return np.array([step.tr_sigma, step.grad_sq_norm], dtype=np.float64)  # [2, n_groups]
