@@ -302,7 +302,7 @@ class PerExample:
                     self._present[name] = start
                     vectors.setdefault(grad.device, {})[name] = grad
         for some in vectors.values():
-            lengths = tuple((name, len(grad)) for name, grad in some.items())
+            lengths = tuple((name, grad.shape[0]) for name, grad in some.items())
             self._vectors[lengths] = torch.cat(list(some.values()))
 
     def _enter_pass(self, serial: int | None, batch: int | None) -> None:
@@ -614,7 +614,7 @@ class PerExample:
                 uses.append([self._column[name], *range(start + sums.start, start + sums.stop)])
                 proof.append(np.arange(start + own.start, start + own.stop))
                 rows.append(np.arange(first, first + own.stop - own.start))
-            start += len(tap.probe)
+            start += tap.probe.shape[0]
         every = np.array(uses, dtype=np.intp).reshape(-1, 1 + self.taps.slots).T
         none = np.zeros(0, dtype=np.intp)
         both = np.concatenate([none, *proof]), np.concatenate([none, *rows])

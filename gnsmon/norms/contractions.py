@@ -70,8 +70,8 @@ def outer_sum_and_sq_norms(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]
 
 def _in_turn(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     total, product = _total(left, right), torch.bmm if left.ndim == 4 else torch.mm
-    norms = total.new_empty(len(left), *total.shape[:-1])
-    if not len(left):  # as a compiled graph of any batch may be given
+    norms = total.new_empty(left.shape[0], *total.shape[:-1])
+    if not left.shape[0]:  # as a compiled graph of any batch may be given
         total.zero_()
     gradient = torch.empty_like(total, dtype=left.dtype)
     whole = gradient.dtype == total.dtype  # the first is the sum so far, unless it has less digits
@@ -224,6 +224,11 @@ def square_sum(t: Tensor) -> Tensor:
 def wide(t: Tensor) -> Tensor:
     """`t` in float32, or as it is if already float32 or float64."""
     return t if t.dtype in WIDE else t.to(wider(t.dtype))
+
+
+def cast_like(t: Tensor, other: Tensor) -> Tensor:
+    """`t` in the dtype of `other`; `to` takes a while to see that there is nothing to do."""
+    return t if t.dtype == other.dtype else t.to(other.dtype)
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:

@@ -53,7 +53,7 @@ class Convolved(Form):
 
     @property
     def batch(self) -> int:  # noqa: D102
-        return len(self.x)
+        return self.x.shape[0]
 
     # The exact norms: see `plans`.
 

@@ -9,7 +9,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from gnsmon.norms.contractions import wider
+from gnsmon.norms.contractions import cast_like, wider
 from gnsmon.norms.forms import Form
 
 NUMBERS = 2**16  # of a parameter that are looked at; more are sampled by rows
@@ -66,14 +66,15 @@ class Direction:
             return start, gradient.clone()  # whoever else has it may change it in place
         dense = gradient.to_dense() if gradient.is_sparse else gradient
         # Not -1, for there may be no numbers at all.
-        matrix = dense.reshape(dense.shape[0] if dense.ndim else 1, len(self.signs))
+        sizes = dense.shape[0] if dense.ndim else 1, self.signs.shape[0]
+        matrix = dense if dense.ndim == 2 else dense.reshape(sizes)
         rows, before = self.rows, 0
         if isinstance(rows, Tensor):
             some = matrix.index_select(0, rows)
         else:
             before = min(max(0, start - self.first), self.count)
             some = matrix[max(0, self.first - start) : max(0, self.first + self.count - start)]
-        return before, some.to(self.signs.dtype) @ self.signs
+        return before, cast_like(some, self.signs) @ self.signs
 
 
 def share_memory(directions: Sequence[Direction]) -> Tensor:

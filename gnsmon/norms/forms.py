@@ -295,7 +295,7 @@ class Rows(Form):
 
     @property
     def batch(self) -> int:  # noqa: D102
-        return len(self.index)
+        return self.index.shape[0]
 
     def sq_norms(self) -> Tensor:  # noqa: D102
         return contractions.row_sq_norms(self.index, self.value)
@@ -344,7 +344,7 @@ class Dense(Form):
 
     @property
     def batch(self) -> int:  # noqa: D102
-        return len(self.grad)
+        return self.grad.shape[0]
 
     def sq_norms(self) -> Tensor:  # noqa: D102
         return squares(self.grad[:, None].flatten(1), 1)

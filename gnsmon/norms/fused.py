@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
+from gnsmon.norms.contractions import cast_like
 from gnsmon.norms.inputs import given_on, without_autocast, without_gradients
 from gnsmon.norms.layout import Layout
 
@@ -89,10 +90,10 @@ def tapped(tap: LayerTap, y: Tensor, layout: Layout | None, x: Tensor) -> Tensor
     """
     weight, bias = tap.module._parameters["weight"], tap.module._parameters.get("bias")
     normed = tap.each.statistics(y) if tap.each is not None else ()
-    x, weight = (t if t.dtype == y.dtype else t.to(y.dtype) for t in (x, weight))
+    x, weight = cast_like(x, y), cast_like(weight, y)
     if isinstance(tap.module, nn.Linear) and not torch.compiler.is_compiling():
         weight = weight.view_as(weight)  # as F.linear does, so that weight.data may be replaced
-    bias = bias if bias is None or bias.dtype == y.dtype else bias.to(y.dtype)
+    bias = None if bias is None else cast_like(bias, y)
     with without_autocast(y.device):
         return FusedTap.apply(y.detach(), tap.leaf, tap, layout, x, weight, bias, *normed)
 

@@ -113,7 +113,7 @@ def _rms_norm(module: nn.RMSNorm, x: Tensor, dy: Tensor, weight: Tensor) -> Grad
     """
     n, scale, dx, found = weight.numel(), weight.reshape(-1), torch.empty_like(x), []
     eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
-    shape = len(x), prod(x.shape[1 : x.ndim - weight.ndim]), n
+    shape = x.shape[0], prod(x.shape[1 : x.ndim - weight.ndim]), n
     step = max(1, IN_CACHE // max(1, n * shape[1]))
     of_some = zip(*(t.view(shape).split(step) for t in (x, dy.contiguous(), dx)), strict=True)
     for some, dy_some, dx_some in of_some:
@@ -123,7 +123,7 @@ def _rms_norm(module: nn.RMSNorm, x: Tensor, dy: Tensor, weight: Tensor) -> Grad
         found.append(product.sum(1))
         along = (product @ scale / n)[..., None]
         torch.addcmul(dy_some * scale, normalised, along, value=-1, out=dx_some).mul_(inverse)
-    return dx, {"weight": torch.cat(found).view(len(x), *weight.shape)}
+    return dx, {"weight": torch.cat(found).view(x.shape[0], *weight.shape)}
 
 
 def _many(x: Tensor) -> bool:

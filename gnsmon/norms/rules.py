@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnsmon.norms.contractions import IN_CACHE, wide, wider
+from gnsmon.norms.contractions import IN_CACHE, cast_like, wide, wider
 from gnsmon.norms.convolved import Convolved
 from gnsmon.norms.forms import Dense, Form, Outer, Rows
 from gnsmon.norms.normalised import GROUP_NORM, LAYER_NORM, RMS_NORM, EachOf, differentiated
@@ -147,9 +147,9 @@ def _linear_backward(
     module: Any, x: Tensor, dy: Tensor, weight: Tensor, wanted: Mask
 ) -> tuple[Tensor | None, ...]:
     return (
-        dy @ weight.to(dy.dtype) if wanted[0] else None,
+        dy @ cast_like(weight, dy) if wanted[0] else None,
         # Laid out as the weight, or it would be copied where it is accumulated.
-        _flat(dy).mT @ _flat(x.to(dy.dtype)) if wanted[1] else None,
+        _flat(dy).mT @ _flat(cast_like(x, dy)) if wanted[1] else None,
         _flat(dy).sum(0) if wanted[2] else None,
     )
 
@@ -164,7 +164,7 @@ def _flat(t: Tensor) -> Tensor:
 def linear(module: nn.Linear, x: Tensor, dy: Tensor) -> Forms:
     """Goodfellow 2015 for [B, I], its sum over positions for any rank."""
     bias = _bias(module, dy, _to_last(1))
-    factors = _positions(dy), _positions(x.to(dy.dtype))
+    factors = _positions(dy), _positions(cast_like(x, dy))
     return {"weight": Outer(*factors, summed=_summed(bias)), **bias}
 
 
@@ -172,8 +172,8 @@ def _conv1d_backward(
     module: Any, x: Tensor, dy: Tensor, weight: Tensor, wanted: Mask
 ) -> tuple[Tensor | None, ...]:
     return (
-        dy @ weight.mT.to(dy.dtype) if wanted[0] else None,
-        _flat(x.to(dy.dtype)).mT @ _flat(dy) if wanted[1] else None,
+        dy @ cast_like(weight.mT, dy) if wanted[0] else None,
+        _flat(cast_like(x, dy)).mT @ _flat(dy) if wanted[1] else None,
         _flat(dy).sum(0) if wanted[2] else None,
     )
 
@@ -182,7 +182,7 @@ def _conv1d_backward(
 def hugging_face_conv1d(module: Any, x: Tensor, dy: Tensor) -> Forms:
     """A linear layer with its weight laid out [in, out]; GPT-2's."""
     bias = _bias(module, dy, _to_last(1))
-    factors = _positions(x.to(dy.dtype)), _positions(dy)
+    factors = _positions(cast_like(x, dy)), _positions(dy)
     return {"weight": Outer(*factors, inputs="left", summed=_summed(bias)), **bias}
 
 
@@ -208,8 +208,8 @@ def _conv_backward(
         ]
     return torch.ops.aten.convolution_backward(
         dy,
-        x.to(dy.dtype),
-        weight.to(dy.dtype),
+        cast_like(x, dy),
+        cast_like(weight, dy),
         [module.out_channels],
         geometry[0],
         padding,
@@ -225,7 +225,7 @@ def _conv_backward(
 def conv(module: Any, x: Tensor, dy: Tensor) -> Forms:
     """A linear layer of the patches under the kernel, group by group."""
     _check_rank(module, x, 2 + len(module.kernel_size))
-    x, padding = x.to(dy.dtype), module.padding
+    x, padding = cast_like(x, dy), module.padding
     if module.padding_mode != "zeros" or isinstance(padding, str):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x, padding = (
@@ -250,7 +250,7 @@ def conv_transpose(module: Any, x: Tensor, dy: Tensor) -> Forms:
     shape = (module.in_channels, module.out_channels // module.groups, *module.kernel_size)
     none = (0,) * (dy.ndim - 2)
     geometry = module.stride, none, module.dilation, module.groups
-    weight = Convolved(F.pad(dy, widths), x.to(dy.dtype), shape, *geometry, inputs="left")
+    weight = Convolved(F.pad(dy, widths), cast_like(x, dy), shape, *geometry, inputs="left")
     return {"weight": weight, **_bias(module, dy, _to_channels)}
 
 
@@ -307,7 +307,7 @@ def embedding_bag(module: nn.EmbeddingBag, x: Any, dy: Tensor) -> Forms:
     dy = wide(dy)
     if module.mode == "mean":  # an empty bag has nothing inside to divide
         weights = 1 / inside.sum(1, keepdim=True).clamp(min=1).to(dy.dtype)
-    scale = inside.to(dy.dtype) if weights is None else inside * weights
+    scale = cast_like(inside, dy) if weights is None else inside * weights
     value = scale[..., None] * dy[:, None]
     return {"weight": Rows(index, value, (module.num_embeddings, module.embedding_dim))}
 
@@ -395,7 +395,7 @@ def prelu(module: nn.PReLU, x: Tensor, dy: Tensor) -> Forms:
 
 
 def _positions(t: Tensor) -> Tensor:  # [B, ..., d] -> [B, T, d]
-    return t if t.ndim == 3 else t[:, None].flatten(1, -2)
+    return t if t.ndim == 3 else t.unsqueeze(1) if t.ndim == 2 else t.flatten(1, -2)
 
 
 def _geometry(module: Any) -> tuple[tuple[int, ...], ...]:
