@@ -136,8 +136,8 @@ def test_columns_of_any_field_of_the_log(tmp_path):
         assert np.isnan(log.column(*absent)).tolist() == [True] * 3
 
 
-@pytest.mark.parametrize("cut", [0.5, 0.7, 0.9])
-def test_a_line_torn_among_its_groups_is_torn(tmp_path, cut):
+@pytest.mark.parametrize("cut", [0.1, 0.2, 0.3, 0.5, 0.7, 0.9])
+def test_a_torn_line_is_torn_wherever_it_ends(tmp_path, cut):
     path = written(tmp_path / "gns.jsonl", range(3))
     lines = path.read_text().splitlines(keepends=True)
     torn = lines[1][: int(len(lines[1]) * cut)]

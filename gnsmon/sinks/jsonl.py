@@ -255,11 +255,13 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _head(line: bytes) -> bytes:
-    """A reading's line without its groups, which are most of it and end it.
+    """A line without the fields that end a reading's or health's and are most of it: all of groups.
 
     All of a line that is torn, or that is two of which the first is torn.
     """
-    end = line.find(b',"groups":{"name":')
+    end = line.find(b',"raw":{')  # what a table wants of a reading comes before
+    if end < 0:
+        end = line.find(b',"groups":{"name":')
     whole = end > 0 and line.endswith(b"}}\n") and line.find(b'"schema":', end) < 0
     return line[:end] + b"}" if whole else line
 
