@@ -133,9 +133,8 @@ def test_all_plans_agree(kind):
 class Flops(TorchDispatchMode):
     """Counts floating-point operations; not by module, which would be a hook before ours."""
 
-    total = vectors = (
-        0  # of products of matrices, and of those with vectors, which torch leaves out
-    )
+    total = 0  # of products of matrices
+    vectors = 0  # of products with vectors, which torch leaves out
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))

@@ -614,7 +614,7 @@ class PerExample:
                 uses.append([self._column[name], *range(start + sums.start, start + sums.stop)])
                 proof.append(np.arange(start + own.start, start + own.stop))
                 rows.append(np.arange(first, first + own.stop - own.start))
-            start += tap.probe.shape[0]
+            start += len(tap.probe)
         every = np.array(uses, dtype=np.intp).reshape(-1, 1 + self.taps.slots).T
         none = np.zeros(0, dtype=np.intp)
         both = np.concatenate([none, *proof]), np.concatenate([none, *rows])

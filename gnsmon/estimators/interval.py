@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gnsmon.estimators import columns
-from gnsmon.estimators.columns import Codes, Ratios
+from gnsmon.estimators.columns import Ratios
 from gnsmon.estimators.smoothing import Averages
 from gnsmon.estimators.values import Array
 
@@ -113,31 +113,21 @@ def _fieller(mean: Array, variance: Array, z_sq: float) -> Ratios:
     hardly = error >= WIDE
     case = np.where(hardly, HARDLY, FINE)
     about, b_simple = np.where(hardly, error, np.nan), np.where(hardly, ratio, corrected)
-    # Of most groups that is all; what else a group may come to is looked for among the others.
-    odd = np.flatnonzero(~(np.minimum(np.minimum(s, g), np.minimum(a, high)) > 0))
-    if len(odd):
-        own, bound = _unusual(case[odd], *(x[odd] for x in (s, g, a, b, c, root, high)))
-        known, bounded, is_bound = own <= HARDLY, own <= NOISELESS, own == BOUND
-        below = np.where(own == NOISELESS, high[odd], np.nan)
-        case[odd] = own
-        about[odd] = np.where(known, about[odd], np.where(is_bound, bound, below))
-        b_simple[odd] = np.where(known, b_simple[odd], np.nan)
-        low[odd] = np.where(is_bound, bound, np.where(bounded, low[odd], np.nan))
-        high[odd] = np.where(bounded, high[odd], np.nan)
+    # Of most groups that is all.
+    if not (np.minimum(np.minimum(s, g), np.minimum(a, high)) > 0).all():
+        # The positive root, in the form that does not cancel.
+        bound = np.where(b > 0, c / (b + root), np.where(a < 0, (b - root) / a, 0.0))
+        case[s < 0] = NOISELESS
+        case[high < 0] = NEGATIVE_NOISE
+        case[g < 0] = NEGATIVE_GRAD
+        open_above = a <= 0
+        case[open_above] = BOUND
+        case[open_above & ((c <= 0) | (bound <= 0))] = NEITHER
+        case[(s == 0) & (g == 0)] = ZERO
+        bounded, is_bound = case <= NOISELESS, case == BOUND
+        about = np.where(case == HARDLY, error, np.where(is_bound, bound, np.nan))
+        about = np.where(case == NOISELESS, high, about)
+        b_simple = np.where(case <= HARDLY, b_simple, np.nan)
+        low = np.where(is_bound, bound, np.where(bounded, low, np.nan))
+        high = np.where(bounded, high, np.nan)
     return Ratios(STATUS[case], case, REASONS, about, b_simple, low, high)
-
-
-def _unusual(
-    case: Codes, s: Array, g: Array, a: Array, b: Array, c: Array, root: Array, high: Array
-) -> tuple[Codes, Array]:
-    """The cases of some groups, and the bound where it is one: see `fieller`."""
-    # The positive root, in the form that does not cancel.
-    bound = np.where(b > 0, c / (b + root), np.where(a < 0, (b - root) / a, 0.0))
-    case[s < 0] = NOISELESS
-    case[high < 0] = NEGATIVE_NOISE
-    case[g < 0] = NEGATIVE_GRAD
-    open_above = a <= 0
-    case[open_above] = BOUND
-    case[open_above & ((c <= 0) | (bound <= 0))] = NEITHER
-    case[(s == 0) & (g == 0)] = ZERO
-    return case, bound

@@ -56,7 +56,7 @@ class Ema:
                 f"{decay=}, {half_life=}, {grad_memory=}"
             )
         self._decay, self._half_life = decay, half_life
-        # Sums of what a step's weight comes to since: w_x, P_xy, and those in the spread.
+        # Sums that fade, each by its own power of `decay`: see `_sums`.
         power = 1 / np.array([1.0, grad_memory])
         powers = power, (power[:, None] + power).ravel(), power.min().repeat(2)
         self._powers, self._weights = np.concatenate(powers), np.zeros(8)
@@ -72,20 +72,29 @@ class Ema:
         decay = self._decay if self._half_life is None else 2.0 ** (-elapsed / self._half_life)
         self._weights = np.float64(decay) ** self._powers * self._weights + 1
         x = _stack(step)
-        self._mean = self._mean + (x - self._mean) / self._weights[:2, None]
+        weight, _, spread = self._sums
+        self._mean = self._mean + (x - self._mean) / weight[:, None]
         if self._last is None:  # one step, and none before it
-            self._weights[-1] = 0.0
+            spread[1] = 0.0
             pair = np.array([x, np.zeros_like(x)])
             self._spread = self._spread._replace(x=pair, y=pair)
         else:
-            self._spread = self._spread.fold(x, np.array([x, self._last]), self._weights[-2:])
+            self._spread = self._spread.fold(x, np.array([x, self._last]), spread)
         self._last = x
+
+    @property
+    def _sums(self) -> tuple[Array, Array, Array]:
+        """Of the steps' weights w_x [2], of their products P_xy [2, 2], of those in the spread [2].
+
+        P_xy is that of `Averages.sum_sq_weights` before it is normalised.
+        """
+        return self._weights[:2], self._weights[2:6].reshape(2, 2), self._weights[6:]
 
     def averages(self) -> Averages | None:
         """The averages so far, None before the first step."""
         if self._last is None:
             return None
-        weight, products = self._weights[:2], self._weights[2:6].reshape(2, 2)
+        weight, products, _ = self._sums
         p = products / (weight[:, None] * weight)
         spread = 1 - p.diagonal().min()  # E of a weighted sample variance, per step; 0 at first
         scale = 1 / spread if spread > 0 else 1.0
@@ -94,11 +103,11 @@ class Ema:
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, means and covariances as JSON-able lists, which keep the floats exactly."""
-        own = (self._weights[:2], self._weights[2:6].reshape(2, 2), self._mean)
-        now, lag = zip(self._weights[-2:], *self._spread, strict=True)
+        *own, spread = self._sums
+        now, lag = zip(spread, *self._spread, strict=True)
         return {
             "kind": "ema",
-            "own": [x.tolist() for x in own],
+            "own": [x.tolist() for x in (*own, self._mean)],
             "now": [x.tolist() for x in now],
             "lag": [x.tolist() for x in lag],
             "last": None if self._last is None else self._last.tolist(),

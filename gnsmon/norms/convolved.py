@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gnsmon.norms import plans
-from gnsmon.norms.contractions import CHUNK_BYTES, outer_sq_norms, per_example, squares, wide, wider
+from gnsmon.norms.contractions import (
+    CHUNK_BYTES,
+    cast_like,
+    outer_sq_norms,
+    per_example,
+    squares,
+    wide,
+    wider,
+)
 from gnsmon.norms.forms import Form, Outer, Shape, Some, chosen
 from gnsmon.norms.plans import Plan
 
@@ -130,7 +138,7 @@ class Convolved(Form):
         c, *kernel = self.shape[1:]
         if prod(kernel) > c:
             return self._filtered(direction[:, None])[:, :, 0]
-        x = wide(self._by_group(self.x)).to(direction.dtype)
+        x = cast_like(wide(self._by_group(self.x)), direction)
         products = (direction.view(c, -1).T @ x).unflatten(3, self.x.shape[2:])
         products = F.pad(products, _widths(self.padding)) if any(self.padding) else products
         every = (products[(..., i, *at)] for i, at in enumerate(self._offsets()))
@@ -162,7 +170,7 @@ class Convolved(Form):
         """Patches times w [n, r] or [B, n, r]: [B, G, r, T]."""
         batch, groups, rest, r = self.batch, self.groups, self.shape[1:], w.shape[-1]
         filters = w.mT.reshape(-1, *rest)
-        x = wide(self.x).to(w.dtype)
+        x = cast_like(wide(self.x), w)
         if w.ndim == 2:
             filters = filters.repeat(groups, *(1,) * len(rest))
         else:
@@ -184,7 +192,7 @@ class Convolved(Form):
             return self.outer().sogns_sq_norms(unit_variance=unit_variance)
         # A norm over an axis that is not the last is slow (CPU, torch 2.13).
         pixels = wide(self._by_group(self.x)).square().sum(2)
-        in_patches = pixels @ self._patches_at().flatten().to(pixels.dtype)  # [B, G]
+        in_patches = pixels @ cast_like(self._patches_at().flatten(), pixels)  # [B, G]
         summed = self.summed
         if summed is None:
             summed = self.dy.flatten(2).sum(2, dtype=pixels.dtype)

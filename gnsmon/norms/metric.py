@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gnsmon.norms.contractions import wide, wider
+from gnsmon.norms.contractions import cast_like, wide, wider
 from gnsmon.norms.convolved import Convolved
 from gnsmon.norms.forms import Dense, Form, Joined, Outer, Rows
 
@@ -62,7 +62,7 @@ class Factored:
         which it is where v has rank one, as of a parameter with one axis. A row or column in which
         d is zero throughout weighs nothing.
         """
-        v = denominator.reshape(len(self.rows), len(self.columns)).to(self.rows.dtype).square()
+        v = cast_like(denominator.reshape(len(self.rows), len(self.columns)), self.rows).square()
         columns = v.mean(0)
         self.rows.copy_(_power(v.mean(1), -0.25))
         self.columns.copy_(_power(columns, -0.25) * columns.mean() ** 0.25)

@@ -189,7 +189,7 @@ def hugging_face_conv1d(module: Any, x: Tensor, dy: Tensor) -> Forms:
 @rule(nn.Bilinear)
 def bilinear(module: nn.Bilinear, x: tuple[Tensor, Tensor], dy: Tensor) -> Forms:
     """A linear layer of the products of the two inputs."""
-    pairs = (x[0][..., :, None] * x[1][..., None, :]).to(dy.dtype).flatten(-2)
+    pairs = cast_like(x[0][..., :, None] * x[1][..., None, :], dy).flatten(-2)
     shape = (module.out_features, module.in1_features, module.in2_features)
     dy = _positions(dy)
     return {"weight": Outer(dy, _positions(pairs), shape), **_bias(module, dy, _to_last(1))}
@@ -403,7 +403,7 @@ def _geometry(module: Any) -> tuple[tuple[int, ...], ...]:
 
 
 def _by_running_stats(module: Any, x: Tensor) -> Tensor:
-    stats = module.running_mean.to(x.dtype), module.running_var.to(x.dtype)
+    stats = cast_like(module.running_mean, x), cast_like(module.running_var, x)
     return F.batch_norm(x, *stats, eps=module.eps)
 
 

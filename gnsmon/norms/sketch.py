@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gnsmon.norms import plans
+from gnsmon.norms.contractions import cast_like
 from gnsmon.norms.convolved import Convolved
 from gnsmon.norms.forms import Form, Joined, Outer, Shape
 
@@ -66,7 +67,7 @@ class Sketch:
         """
         if self.used is False:
             return
-        matrix = grad.reshape(len(grad), len(self.subspace)).to(self.subspace.dtype)
+        matrix = cast_like(grad.reshape(len(grad), len(self.subspace)), self.subspace)
         rows = torch.linalg.qr(matrix @ self.subspace)[0]
         turned = torch.linalg.qr(matrix.mT @ rows)[0]
         self.subspace.copy_(torch.where(turned.isfinite().all(), turned, self.subspace))

@@ -255,11 +255,11 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _head(line: bytes) -> bytes:
-    """A line without the fields that end a reading's or health's and are most of it: all of groups.
+    """What a table wants of a line: a reading's comes before `raw`, health's before its `groups`.
 
     All of a line that is torn, or that is two of which the first is torn.
     """
-    end = line.find(b',"raw":{')  # what a table wants of a reading comes before
+    end = line.find(b',"raw":{')
     if end < 0:
         end = line.find(b',"groups":{"name":')
     whole = end > 0 and line.endswith(b"}}\n") and line.find(b'"schema":', end) < 0
